@@ -9,7 +9,7 @@
 #include <span>
 #include <type_traits>
 
-#include "kvlean/config.hpp"
+#include "kvlean/status.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -81,7 +81,10 @@ class Workspace {
 
   /// Most bytes ever in use, padding included: what a fixed workspace needs for the same calls.
   [[nodiscard]] std::size_t high_water_bytes() const noexcept { return high_water_; }
-  [[nodiscard]] bool grows() const noexcept { return grows_; }
+  /// The Status a stage returns when take() gave null.
+  [[nodiscard]] Status exhausted() const noexcept {
+    return grows_ ? StatusCode::out_of_memory : StatusCode::workspace_too_small;
+  }
 
  private:
   struct alignas(64) Chunk {

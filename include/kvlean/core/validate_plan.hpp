@@ -1,0 +1,206 @@
+// Copyright 2026 The KVLean Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "kvlean/core/kv_cache.hpp"
+#include "kvlean/core/plan.hpp"
+
+KVLEAN_NAMESPACE_BEGIN
+namespace detail {
+
+[[nodiscard]] inline bool slot_has_terms(const CompressionPlan& plan, u64 slot) noexcept {
+  return plan.has_terms() && plan.term_begin[slot] < plan.term_end[slot];
+}
+/// Whether a slot's key is anything but its anchor's.
+[[nodiscard]] inline bool key_changes(const CompressionPlan& plan, u64 slot) noexcept {
+  return plan.has_literal_keys() ||
+         ((plan.needs & needs_moved_keys) != 0 &&
+          (slot_has_terms(plan, slot) || plan.key_self_weight(slot) != 1.0f));
+}
+/// Whether a slot's value is anything but its anchor's.
+[[nodiscard]] inline bool value_changes(const CompressionPlan& plan, u64 slot) noexcept {
+  return plan.has_literal_values() || slot_has_terms(plan, slot) ||
+         plan.value_self_weight(slot) != 1.0f;
+}
+
+/// Answers "is this token an anchor?" for tokens that mostly come in order.
+class AnchorSearch {
+ public:
+  AnchorSearch(const u32* anchor, u32 count) noexcept : anchor_(anchor), count_(count) {}
+
+  [[nodiscard]] bool contains(u32 token) noexcept {
+    constexpr u32 near = 4;
+    u32 step = 0;
+    while (step < near && at_ < count_ && anchor_[at_] < token) ++at_, ++step;
+    if (step == near || (at_ > 0 && anchor_[at_ - 1] >= token)) {
+      at_ = static_cast<u32>(std::lower_bound(anchor_, anchor_ + count_, token) - anchor_);
+    }
+    return at_ < count_ && anchor_[at_] == token;
+  }
+
+ private:
+  const u32* anchor_;
+  u32 count_;
+  u32 at_ = 0;
+};
+
+[[nodiscard]] inline Status check_plan_arrays(const CompressionPlan& plan,
+                                              const CacheView& cache) noexcept {
+  constexpr u32 known = needs_ragged_lengths | needs_log_mass | needs_moved_keys |
+                        needs_changed_values | needs_new_positions;
+  if (plan.segments != cache.segments || (plan.needs & ~known) != 0) return StatusCode::invalid_plan;
+  if (plan.length == nullptr || plan.first == nullptr || plan.first[0] != 0) {
+    return StatusCode::invalid_plan;
+  }
+  bool ragged = false;
+  u32 longest = 0;
+  for (u32 s = 0; s < plan.segments; ++s) {
+    if (plan.length[s] > cache.length(s)) return StatusCode::invalid_plan;
+    if (plan.first[s + 1] != plan.first[s] + plan.length[s]) return StatusCode::invalid_plan;
+    ragged = ragged || plan.length[s] != plan.length[0];
+    longest = std::max(longest, plan.length[s]);
+  }
+  const auto asks = [&plan](u32 need) noexcept { return (plan.needs & need) != 0; };
+  if (plan.anchor == nullptr && plan.num_slots() != 0) return StatusCode::invalid_plan;
+  if (ragged != asks(needs_ragged_lengths)) return StatusCode::invalid_plan;
+  if ((plan.log_mass != nullptr) != asks(needs_log_mass)) return StatusCode::invalid_plan;
+  if ((plan.position != nullptr) != asks(needs_new_positions)) return StatusCode::invalid_plan;
+  if ((plan.term_begin == nullptr) != (plan.term_end == nullptr)) return StatusCode::invalid_plan;
+
+  const auto literal_fits = [&](const Rows& rows, u32 width) noexcept {
+    return rows.heads == plan.segments && rows.width == width && check_rows(rows, longest).ok();
+  };
+  if (plan.has_literal_keys() &&
+      (!asks(needs_moved_keys) || !literal_fits(plan.literal_keys, cache.keys.width))) {
+    return StatusCode::invalid_plan;
+  }
+  if (plan.has_literal_values() &&
+      (!asks(needs_changed_values) || !literal_fits(plan.literal_values, cache.values.width))) {
+    return StatusCode::invalid_plan;
+  }
+  if ((plan.has_literal_keys() || plan.has_literal_values()) && cache.frozen != 0) {
+    return StatusCode::frozen_token_changed;
+  }
+  return StatusCode::ok;
+}
+
+[[nodiscard]] inline Status check_plan_slots(const CompressionPlan& plan, const CacheView& cache,
+                                             u32 s) noexcept {
+  const auto finite = [](const float* values, u64 i) noexcept {
+    return values == nullptr || std::isfinite(values[i]);
+  };
+  for (u32 j = 0; j < plan.length[s]; ++j) {
+    const u64 slot = plan.first[s] + j;
+    if (plan.anchor[slot] >= cache.length(s)) return StatusCode::invalid_plan;
+    if (j > 0 && plan.anchor[slot] <= plan.anchor[slot - 1]) return StatusCode::invalid_plan;
+    if (plan.position != nullptr && j > 0 && plan.position[slot] <= plan.position[slot - 1]) {
+      return StatusCode::invalid_plan;
+    }
+    if (!finite(plan.log_mass, slot) || !finite(plan.self_weight, slot) ||
+        !finite(plan.self_value_weight, slot)) {
+      return StatusCode::invalid_plan;
+    }
+    if (plan.has_terms() && (plan.term_begin[slot] > plan.term_end[slot] ||
+                             plan.term_end[slot] > plan.num_terms)) {
+      return StatusCode::invalid_plan;
+    }
+    if ((plan.needs & needs_changed_values) == 0 && value_changes(plan, slot)) {
+      return StatusCode::invalid_plan;
+    }
+  }
+  return StatusCode::ok;
+}
+
+[[nodiscard]] inline Status check_plan_frozen(const CompressionPlan& plan, const CacheView& cache,
+                                              u32 s) noexcept {
+  if (plan.length[s] < cache.frozen) return StatusCode::frozen_token_changed;
+  for (u32 j = 0; j < cache.frozen; ++j) {
+    const u64 slot = plan.first[s] + j;
+    const bool same =
+        plan.anchor[slot] == j && !key_changes(plan, slot) && !value_changes(plan, slot) &&
+        (plan.position == nullptr || plan.position[slot] == cache.position(s, j)) &&
+        (plan.log_mass == nullptr || plan.log_mass[slot] == cache.mass_bias(s, j));
+    if (!same) return StatusCode::frozen_token_changed;
+  }
+  return StatusCode::ok;
+}
+
+[[nodiscard]] inline Status check_plan_terms(const CompressionPlan& plan, const CacheView& cache,
+                                             u32 s) noexcept {
+  AnchorSearch anchors(plan.anchor + plan.first[s], plan.length[s]);
+  // Overlapping ranges mostly extend each other, so each term is looked at about once.
+  u64 seen_begin = 0;
+  u64 seen_end = 0;
+  for (u64 slot = plan.first[s]; slot < plan.first[s + 1]; ++slot) {
+    u64 begin = plan.term_begin[slot];
+    const u64 end = plan.term_end[slot];
+    if (begin == end) continue;
+    if (plan.term_token == nullptr) return StatusCode::invalid_plan;
+    if (plan.term_weight == nullptr &&
+        (plan.term_value_weight == nullptr || (plan.needs & needs_moved_keys) != 0)) {
+      return StatusCode::invalid_plan;
+    }
+    if (begin >= seen_begin && begin <= seen_end) {
+      begin = std::max(begin, seen_end);
+      seen_end = std::max(seen_end, end);
+    } else {
+      seen_begin = begin;
+      seen_end = end;
+    }
+    for (u64 term = begin; term < end; ++term) {
+      const u32 token = plan.term_token[term];
+      if (token >= cache.length(s)) return StatusCode::invalid_plan;
+      if (token < cache.frozen) return StatusCode::frozen_token_changed;
+      if (anchors.contains(token)) return StatusCode::invalid_plan;
+      if ((plan.term_weight != nullptr && !std::isfinite(plan.term_weight[term])) ||
+          (plan.term_value_weight != nullptr && !std::isfinite(plan.term_value_weight[term]))) {
+        return StatusCode::invalid_plan;
+      }
+    }
+  }
+  return StatusCode::ok;
+}
+
+[[nodiscard]] inline Status check_plan_pages(const CompressionPlan& plan, const CacheView& cache,
+                                             u32 s) noexcept {
+  const u32* anchor = plan.anchor + plan.first[s];
+  for (u32 j = 0; j < plan.length[s];) {
+    const u32 begin = anchor[j];
+    if (begin % plan.page_tokens != 0) return StatusCode::invalid_plan;
+    const u32 tokens = std::min(plan.page_tokens, cache.length(s) - begin);
+    // Anchors ascend, so the page is whole when its last token stands where it must.
+    if (tokens > plan.length[s] - j || anchor[j + tokens - 1] != begin + tokens - 1) {
+      return StatusCode::invalid_plan;
+    }
+    j += tokens;
+  }
+  return StatusCode::ok;
+}
+
+}  // namespace detail
+
+/// Checks a plan against the cache it is for: every rule of CompressionPlan, that the needs bits say
+/// what the arrays do, and that frozen tokens stay as they are. Touches no row and takes no memory.
+/// needs_ragged_lengths, needs_log_mass and needs_new_positions must be set exactly when lengths
+/// differ or the array is there; needs_moved_keys and needs_changed_values may be set without need.
+///
+/// Errors: those of check_cache; frozen_token_changed when a frozen token is dropped, moved, merged,
+/// given another position or log mass, or there are literal rows; invalid_plan otherwise.
+/// O(slots + terms) when terms come in token order, O(slots + terms * log slots) at worst.
+[[nodiscard]] inline Status validate_plan(const CompressionPlan& plan,
+                                          const CacheView& cache) noexcept {
+  KVLEAN_RETURN_IF_ERROR(check_cache(cache));
+  KVLEAN_RETURN_IF_ERROR(detail::check_plan_arrays(plan, cache));
+  for (u32 s = 0; s < plan.segments; ++s) {
+    KVLEAN_RETURN_IF_ERROR(detail::check_plan_slots(plan, cache, s));
+    KVLEAN_RETURN_IF_ERROR(detail::check_plan_frozen(plan, cache, s));
+    if (plan.has_terms()) KVLEAN_RETURN_IF_ERROR(detail::check_plan_terms(plan, cache, s));
+    if (plan.page_tokens != 0) KVLEAN_RETURN_IF_ERROR(detail::check_plan_pages(plan, cache, s));
+  }
+  return StatusCode::ok;
+}
+
+KVLEAN_NAMESPACE_END

@@ -1,0 +1,108 @@
+// Copyright 2026 The KVLean Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "kvlean/core/random.hpp"
+#include "kvlean/reduce/plan_slots.hpp"
+
+KVLEAN_NAMESPACE_BEGIN
+
+/// How the merge probability of CaM becomes a weight.
+enum class CaMMode : u8 {
+  expected,  ///< multiply by the probability: deterministic
+  sampled,   ///< merge wholly or not at all, by draw(seed, layer, head, position, step)
+};
+
+/// CaM's merge probability: clamp(score of the evicted / mean score of the receivers, 0, 1); NaN
+/// (0/0, bad data) gives 0. CaM (ICML 2024), equation 14, with accumulated attention as the score.
+[[nodiscard]] inline float cam_merge_probability(float evicted_score,
+                                                 float receiver_mean) noexcept {
+  const float ratio = evicted_score / receiver_mean;
+  if (!(ratio > 0.0f)) return 0.0f;
+  return ratio < 1.0f ? ratio : 1.0f;
+}
+
+/// CaM: cache merging on top of any eviction. The value of each dropped token, times its merge
+/// probability, is added in equal parts to the values of the next `receivers` kept tokens; keys are
+/// never changed. Plan slots by the scorer's rank; the probability reads the attention mass.
+///
+/// Called when one token is over the budget (a decode step) this is the paper's operator, and
+/// merges cascade because values are rewritten in place. Called once over a whole prefill it is the
+/// one-shot form, which the paper does not define and which piles many v/m terms on few receivers.
+/// Protected tokens do receive; frozen ones do not. The paper's code divides by the constant m even
+/// when fewer receivers exist; this divides by the actual number. Needs mass: missing_observation
+/// otherwise. The sum of weights is not 1: values grow, as in the paper. O(tokens + receivers).
+struct CaMReducer {
+  u32 receivers = 32;
+  CaMMode mode = CaMMode::expected;
+
+  static constexpr bool wants_mass = true;
+
+  [[nodiscard]] Status reduce(const CacheView& cache, const Scores& scores, const u32* limit,
+                              Context& context, CompressionPlan& plan) const noexcept {
+    if (receivers == 0) return StatusCode::invalid_option;
+    if (!scores.has_mass) return StatusCode::missing_observation;
+    KeptTokens kept;
+    KVLEAN_RETURN_IF_ERROR(select_kept(cache, scores, limit, 0.0f, context, kept));
+    KVLEAN_RETURN_IF_ERROR(plan_kept(cache, kept, context, plan));
+    const u64 evicted = cache.total_length() - plan.num_slots();
+    if (evicted == 0) return StatusCode::ok;
+    KVLEAN_RETURN_IF_ERROR(begin_terms(evicted, false, context.workspace, plan));
+    plan.self_weight = nullptr;  // the receiver's own value keeps weight 1
+    plan.needs |= needs_changed_values;
+    for (u32 s = 0; s < cache.segments; ++s) merge_segment(cache, scores, s, context, plan);
+    return StatusCode::ok;
+  }
+
+ private:
+  // Receivers of an evicted token are the slots [begin, begin + receivers) after it, and `begin`
+  // never falls along the segment, so the terms of a slot are one range of the evicted tokens.
+  void merge_segment(const CacheView& cache, const Scores& scores, u32 s, const Context& context,
+                     CompressionPlan& plan) const noexcept {
+    const u32 slots = plan.length[s];
+    const u32* anchor = plan.anchor + plan.first[s];
+    const float* mass = scores.mass.segment(s);
+    const u64 first_term = plan.num_terms;
+    u64 oldest = first_term;  // first term whose receivers may still include the slot
+    u32 token = 0;
+    for (u32 slot = 0; slot < slots; ++slot) {
+      for (; token < anchor[slot]; ++token) {
+        const u32 begin = std::max(slot, std::min(cache.frozen, slots));
+        const u32 count = std::min(receivers, slots - begin);
+        double sum = 0.0;
+        for (u32 r = begin; r < begin + count; ++r) sum += mass[anchor[r]];
+        const float probability =
+            cam_merge_probability(mass[token], static_cast<float>(sum / std::max<u32>(count, 1)));
+        float share = probability;
+        if (mode == CaMMode::sampled) {
+          const float uniform =
+              draw(context.options.seed, cache.origin.layer, cache.origin.head + s,
+                   cache.position(s, token), context.options.step);
+          share = uniform < probability ? 1.0f : 0.0f;
+        }
+        if (count == 0 || share == 0.0f) continue;
+        plan.term_token[plan.num_terms] = token;
+        plan.term_weight[plan.num_terms] = share / static_cast<float>(count);
+        ++plan.num_terms;
+      }
+      token = anchor[slot] + 1;
+      while (oldest < plan.num_terms &&
+             first_receiver(cache, s, plan, oldest) + receivers <= slot) {
+        ++oldest;
+      }
+      const u64 index = plan.first[s] + slot;
+      plan.term_begin[index] = slot < cache.frozen ? plan.num_terms : oldest;
+      plan.term_end[index] = plan.num_terms;
+    }
+  }
+  static u32 first_receiver(const CacheView& cache, u32 s, const CompressionPlan& plan,
+                            u64 term) noexcept {
+    const u32* anchor = plan.anchor + plan.first[s];
+    const u32 after = static_cast<u32>(
+        std::lower_bound(anchor, anchor + plan.length[s], plan.term_token[term]) - anchor);
+    return std::max(after, cache.frozen);
+  }
+};
+static_assert(Reducer<CaMReducer>);
+
+KVLEAN_NAMESPACE_END

@@ -1,0 +1,109 @@
+// Copyright 2026 The KVLean Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <cmath>
+
+#include "kvlean/core/kv_cache.hpp"
+#include "kvlean/reduce/kvmerger_options.hpp"
+#include "kvlean/simd/row_math.hpp"
+
+KVLEAN_NAMESPACE_BEGIN
+namespace detail {
+
+/// Logarithm of the mass a slot gets when tokens with weights w (summing to 1) and log masses m
+/// merge:
+///   none       log sum w exp(m): 0 for fresh tokens, the mean count for carried ones
+///   log_count  log sum exp(m): counts add, also over repeated merging
+///   entropy    sum w (m - log w): LSE(l + m) >= sum w (l + m) + H(w) by Jensen
+class MassSum {
+ public:
+  void add(float weight, float log_mass) noexcept {
+    const double count = std::exp(static_cast<double>(log_mass));
+    counts_ += count;
+    weighted_ += static_cast<double>(weight) * count;
+    if (weight > 0.0f) {
+      entropy_ += static_cast<double>(weight) *
+                  (static_cast<double>(log_mass) - std::log(static_cast<double>(weight)));
+    }
+  }
+  [[nodiscard]] float value(LogMass kind) const noexcept {
+    switch (kind) {
+      case LogMass::log_count:
+        return static_cast<float>(std::log(counts_));
+      case LogMass::entropy:
+        return static_cast<float>(entropy_);
+      case LogMass::none:
+        break;
+    }
+    return static_cast<float>(std::log(weighted_));
+  }
+
+ private:
+  double counts_ = 0.0;
+  double weighted_ = 0.0;
+  double entropy_ = 0.0;
+};
+
+/// Gaussian kernel weights of a merging set (arXiv 2407.08454, algorithm 2):
+///   g_i = exp(-|k_p - k_i|^2 / (2 sigma^2)),  w_i = n_i g_i / sum n_j g_j
+/// where n_i is the number of tokens that member i already stands for. The paper's sigma is defined
+/// by the g it defines; Sigma's modes replace it. `member` are the tokens but the pivot, `weight`
+/// receives theirs; the pivot's weight is returned. O(|S| * d).
+inline float gaussian_weights(const CacheView& cache, u32 s, u32 pivot, const u32* member,
+                              u32 members, Sigma sigma, float fixed_sigma, float* weight) noexcept {
+  float pivot_key[max_row_width];
+  float key[max_row_width];
+  const u32 width = cache.keys.width;
+  load_row(cache.keys, s, pivot, pivot_key);
+  double sum_distance = 0.0;
+  double sum_squares = 0.0;
+  for (u32 i = 0; i < members; ++i) {
+    load_row(cache.keys, s, member[i], key);
+    weight[i] = row_math::squared_distance(pivot_key, key, width);
+    sum_distance += std::sqrt(static_cast<double>(weight[i]));
+    sum_squares += weight[i];
+  }
+  const double size = static_cast<double>(members) + 1.0;
+  double twice_sigma_squared = 0.0;
+  switch (sigma) {
+    case Sigma::fixed:
+      twice_sigma_squared =
+          2.0 * static_cast<double>(fixed_sigma) * static_cast<double>(fixed_sigma);
+      break;
+    case Sigma::mean_distance: {
+      const double mean = sum_distance / size;
+      twice_sigma_squared = mean * mean;  // sigma = mean / sqrt(2)
+      break;
+    }
+    case Sigma::rms:
+      twice_sigma_squared = 2.0 * sum_squares / size;
+      break;
+  }
+  const auto count = [&](u32 token) noexcept {
+    return cache.log_mass ? std::exp(static_cast<double>(cache.mass_bias(s, token))) : 1.0;
+  };
+  // Equal keys have no width: every g is 1. Keys with NaN or infinity have no distance: the pivot's
+  // key and value stand for the set, so that bad data does not spread through the weights.
+  const bool usable = std::isfinite(sum_squares);
+  const double pivot_count = count(pivot);
+  double total = pivot_count;
+  for (u32 i = 0; i < members; ++i) {
+    double kernel = 0.0;
+    if (usable) {
+      kernel = twice_sigma_squared > 0.0
+                   ? std::exp(-static_cast<double>(weight[i]) / twice_sigma_squared)
+                   : 1.0;
+    }
+    const double share = kernel * count(member[i]);
+    weight[i] = static_cast<float>(share);
+    total += share;
+  }
+  for (u32 i = 0; i < members; ++i) {
+    weight[i] = static_cast<float>(static_cast<double>(weight[i]) / total);
+  }
+  return static_cast<float>(pivot_count / total);
+}
+
+}  // namespace detail
+KVLEAN_NAMESPACE_END

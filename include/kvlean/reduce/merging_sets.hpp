@@ -1,0 +1,121 @@
+// Copyright 2026 The KVLean Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+#include <limits>
+
+#include "kvlean/core/order.hpp"
+#include "kvlean/reduce/kvmerger_options.hpp"
+#include "kvlean/simd/row_math.hpp"
+
+// KVMerger's merging sets: chained single linkage on the line of tokens (arXiv 2407.08454,
+// algorithm 1). The paper's loop leaves "i := j" open; this follows all known ports: neighbours are
+// linked or not, and a set is a maximal run of linked tokens, so the scan direction does not
+// matter.
+
+KVLEAN_NAMESPACE_BEGIN
+namespace detail {
+
+/// Cosine of each token's key with the next one's, [length - 1]; 0 when a key is zero. O(length *
+/// d).
+inline void adjacent_cosines(const Rows& keys, u32 head, u32 length, float* cosine) noexcept {
+  float rows[2][max_row_width];
+  float norms[2];
+  for (u32 token = 0; token < length; ++token) {
+    float* row = rows[token & 1];
+    load_row(keys, head, token, row);
+    norms[token & 1] = std::sqrt(row_math::squared_norm(row, keys.width));
+    if (token == 0) continue;
+    const float scale = norms[0] * norms[1];
+    cosine[token - 1] = scale != 0.0f ? row_math::dot(rows[0], rows[1], keys.width) / scale : 0.0f;
+  }
+}
+
+/// Marks [length] the tokens that never merge: the caller's protection, the newest tokens, and the
+/// `heavy` best scores among the others. The two soft parts shrink, heavy first, so that all marked
+/// tokens fit into `limit`. `scratch`: length keys. Returns the number marked.
+inline u32 mark_protected(KVMergerCounts soft, const Protection& protection, u32 frozen,
+                          const float* score, u32 length, u32 limit, u8* marked,
+                          u64* scratch) noexcept {
+  Protection both = protection;
+  if (soft.recent > protection.recent) {
+    const u32 hard = protection.count(length, frozen);
+    const u32 room = limit > hard ? limit - hard : 0;
+    both.recent = protection.recent + std::min(soft.recent - protection.recent, room);
+  }
+  u32 total = 0;
+  u32 candidates = 0;
+  for (u32 token = 0; token < length; ++token) {
+    marked[token] = both.covers(token, length, frozen) ? u8{1} : u8{0};
+    total += marked[token];
+    if (marked[token] == 0) scratch[candidates++] = token_key(score[token], token);
+  }
+  const u32 heavy = std::min({soft.heavy, candidates, limit > total ? limit - total : 0});
+  if (heavy != 0 && heavy < candidates) {
+    std::nth_element(scratch, scratch + (heavy - 1), scratch + candidates,
+                     [](u64 a, u64 b) { return a > b; });
+  }
+  for (u32 i = 0; i < heavy; ++i) marked[token_of_key(scratch[i])] = 1;
+  return total + heavy;
+}
+
+/// Threshold form: linked[t] = 1 when tokens t and t + 1 may merge and their cosine is above
+/// epsilon. Returns the number of links.
+inline u32 link_above(const float* cosine, const u8* marked, u32 length, float epsilon,
+                      u8* linked) noexcept {
+  u32 links = 0;
+  for (u32 t = 0; t + 1 < length; ++t) {
+    const bool link = marked[t] == 0 && marked[t + 1] == 0 && cosine[t] > epsilon;
+    linked[t] = link ? u8{1} : u8{0};
+    links += linked[t];
+  }
+  return links;
+}
+
+/// Slot form: accepts the `wanted` most similar links, each of which costs one slot; ties go to the
+/// lower token. Returns the number accepted, fewer when no more exist. `scratch`: length keys.
+inline u32 link_best(const float* cosine, const u8* marked, u32 length, u32 wanted, u8* linked,
+                     u64* scratch) noexcept {
+  u32 candidates = 0;
+  for (u32 t = 0; t + 1 < length; ++t) {
+    linked[t] = 0;
+    if (marked[t] == 0 && marked[t + 1] == 0) scratch[candidates++] = token_key(cosine[t], t);
+  }
+  wanted = std::min(wanted, candidates);
+  if (wanted != 0 && wanted < candidates) {
+    std::nth_element(scratch, scratch + (wanted - 1), scratch + candidates,
+                     [](u64 a, u64 b) { return a > b; });
+  }
+  for (u32 i = 0; i < wanted; ++i) linked[token_of_key(scratch[i])] = 1;
+  return wanted;
+}
+
+/// Evicts whole sets, least summed score first (ties: the later set), until `slots` remain: marks
+/// the tokens of evicted sets 2 in `marked`. Protected sets never go. Returns the number evicted.
+inline u32 evict_least_sets(const float* score, const u8* linked, u32 length, u32 excess,
+                            u8* marked, u64* scratch) noexcept {
+  u32 sets = 0;
+  for (u32 begin = 0; begin < length;) {
+    u32 end = begin + 1;
+    double sum = score[begin];
+    while (end < length && linked[end - 1] != 0) sum += score[end++];
+    if (marked[begin] == 0) scratch[sets++] = token_key(static_cast<float>(sum), begin);
+    begin = end;
+  }
+  excess = std::min(excess, sets);
+  if (excess != 0 && excess < sets) {
+    std::nth_element(scratch, scratch + (excess - 1), scratch + sets);
+  }
+  for (u32 i = 0; i < excess; ++i) {
+    u32 token = token_of_key(scratch[i]);
+    do {
+      marked[token] = 2;
+    } while (linked[token] != 0 && ++token < length);
+  }
+  return excess;
+}
+
+}  // namespace detail
+KVLEAN_NAMESPACE_END
