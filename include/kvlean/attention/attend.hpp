@@ -81,23 +81,22 @@ inline constexpr u32 attend_max_queries = 32;  // query rows of a group that sha
 inline constexpr u32 attend_max_tokens = 32;
 static_assert(attend_tile_floats >= max_row_width);
 
-/// sum += weight[0] row_0 + .. + weight[3] row_3 over consecutive rows: a quarter of the loads and
-/// stores of `sum` that four single additions need.
-inline void add_four_rows(float* __restrict sum, const float* __restrict rows,
-                          const float* __restrict weight, u32 width) noexcept {
-  constexpr u32 lanes = row_math::lanes;
-  const float* a = rows;
-  const float* b = a + width;
-  const float* c = b + width;
-  const float* d = c + width;
-  const auto add = [&](u32 i) noexcept {
-    sum[i] += (weight[0] * a[i] + weight[1] * b[i]) + (weight[2] * c[i] + weight[3] * d[i]);
-  };
-  u32 i = 0;
-  for (; i + lanes <= width; i += lanes) {
-    for (u32 j = 0; j < lanes; ++j) add(i + j);
+/// sum [width] += weight[0] row_0 + .. + weight[count - 1] row_(count - 1) for rows `stride` apart.
+/// Four rows at a time: a quarter of the loads and stores of `sum` that single additions need.
+inline void add_weighted_rows(float* __restrict sum, const float* __restrict rows, u32 stride,
+                              const float* __restrict weight, u32 count, u32 width) noexcept {
+  u32 row = 0;
+  for (; row + 4 <= count; row += 4) {
+    const float* a = rows + row * stride;
+    const float* b = a + stride;
+    const float* c = b + stride;
+    const float* d = c + stride;
+    const float* w = weight + row;
+    for (u32 i = 0; i < width; ++i) {
+      sum[i] += (w[0] * a[i] + w[1] * b[i]) + (w[2] * c[i] + w[3] * d[i]);
+    }
   }
-  for (; i < width; ++i) add(i);
+  for (; row < count; ++row) row_math::add_scaled(sum, rows + row * stride, weight[row], width);
 }
 
 /// One tile of query rows of one group against everything they see: softmax online over key tiles.
@@ -111,6 +110,7 @@ class AttendTile {
         output_(output),
         shape_(attention_shape(queries, cache)),
         group_size_(queries.rows.heads / cache.segments),
+        tile_tokens_(fit(cache, attend_max_tokens)),
         scale_(spec.scale_for(cache.keys.width)) {}
 
   /// Query rows or tokens that fit the buffers; depends on the shape only.
@@ -125,10 +125,9 @@ class AttendTile {
     segment_ = segment;
     first_row_ = first_row;
     rows_ = rows;
-    TokenRange all = load_queries();
-    const u32 step = fit(cache_, attend_max_tokens);
-    for (u32 token = all.begin; token < all.end; token += step) {
-      const u32 tokens = std::min(step, all.end - token);
+    const TokenRange all = load_queries();
+    for (u32 token = all.begin; token < all.end; token += tile_tokens_) {
+      const u32 tokens = std::min(tile_tokens_, all.end - token);
       weigh(token, tokens);
       if (output_.values != nullptr) blend(token, tokens);
     }
@@ -170,56 +169,70 @@ class AttendTile {
     return {begin, end};
   }
 
-  /// Softmax weights of a key tile, relative to each row's new maximum.
+  /// Keys [dim][token]: logits then add up over many tokens at once, without horizontal sums.
+  void load_keys(u32 token, u32 tokens) noexcept {
+    float key[max_row_width];
+    for (u32 t = 0; t < tokens; ++t) {
+      load_row(cache_.keys, segment_, token + t, key);
+      for (u32 d = 0; d < cache_.keys.width; ++d) tile_[d * tile_tokens_ + t] = key[d];
+    }
+  }
+
+  /// Softmax weights of a tile, relative to each row's new maximum.
   void weigh(u32 token, u32 tokens) noexcept {
+    load_keys(token, tokens);
     const u32 width = cache_.keys.width;
-    const float* bias = cache_.log_mass ? cache_.log_mass.segment(segment_) + token : nullptr;
-    for (u32 t = 0; t < tokens; ++t) load_row(cache_.keys, segment_, token + t, tile_ + t * width);
     for (u32 r = 0; r < rows_; ++r) {
       const TokenRange range = seen(r, token, tokens);
-      float* weight = weight_ + r * attend_max_tokens;
-      const float* query = query_ + r * width;
-      float maximum = maximum_[r];
-      for (u32 t = range.begin; t < range.end; ++t) {
-        float logit = row_math::dot(query, tile_ + t * width, width);
-        if (spec_.softcap > 0.0f) logit = spec_.softcap * std::tanh(logit / spec_.softcap);
-        if (bias != nullptr) logit += bias[t];
-        weight[t] = logit;
-        maximum = logit > maximum ? logit : maximum;
-      }
-      if (maximum > maximum_[r]) {
-        const float shrink = std::exp(maximum_[r] - maximum);
-        total_[r] *= static_cast<double>(shrink);
-        if (output_.values != nullptr) {
-          row_math::scale(sum_ + r * cache_.values.width, shrink, cache_.values.width);
+      const u32 count = range.end - range.begin;
+      float* weight = weight_ + r * attend_max_tokens + range.begin;
+      std::fill_n(weight, count, 0.0f);
+      add_weighted_rows(weight, tile_ + range.begin, tile_tokens_, query_ + r * width, width,
+                        count);
+      if (spec_.softcap > 0.0f) {
+        for (u32 t = 0; t < count; ++t) {
+          weight[t] = spec_.softcap * std::tanh(weight[t] / spec_.softcap);
         }
-        maximum_[r] = maximum;
       }
-      // Only logits of -inf (or NaN, which must show) so far: -inf - -inf would make them NaN.
-      const float shift = maximum == -infinity ? 0.0f : maximum;
-      float total = 0.0f;
-      for (u32 t = range.begin; t < range.end; ++t) {
-        weight[t] = std::exp(weight[t] - shift);
-        total += weight[t];
+      if (cache_.log_mass) {
+        row_math::add_scaled(weight, cache_.log_mass.segment(segment_) + token + range.begin, 1.0f,
+                             count);
       }
-      total_[r] += static_cast<double>(total);
+      normalise(r, weight, count);
     }
+  }
+
+  /// Logits to weights, online: what was summed so far shrinks when the maximum grows.
+  void normalise(u32 row, float* weight, u32 count) noexcept {
+    float maximum = maximum_[row];
+    for (u32 t = 0; t < count; ++t) maximum = weight[t] > maximum ? weight[t] : maximum;
+    if (maximum > maximum_[row]) {
+      const float shrink = std::exp(maximum_[row] - maximum);
+      total_[row] *= static_cast<double>(shrink);
+      row_math::scale(sum_ + row * cache_.values.width, shrink, cache_.values.width);
+      maximum_[row] = maximum;
+    }
+    // Only logits of -inf (or NaN, which must show) so far: -inf - -inf would make them NaN.
+    const float shift = maximum == -infinity ? 0.0f : maximum;
+    float total = 0.0f;
+    for (u32 t = 0; t < count; ++t) {
+      weight[t] = std::exp(weight[t] - shift);
+      total += weight[t];
+    }
+    total_[row] += static_cast<double>(total);
   }
 
   /// Adds a tile's weighted value rows.
   void blend(u32 token, u32 tokens) noexcept {
-    constexpr u32 lanes = row_math::lanes;
     const u32 width = cache_.values.width;
     for (u32 t = 0; t < tokens; ++t) {
       load_row(cache_.values, segment_, token + t, tile_ + t * width);
     }
     for (u32 r = 0; r < rows_; ++r) {
       const TokenRange range = seen(r, token, tokens);
-      const float* weight = weight_ + r * attend_max_tokens;
-      float* sum = sum_ + r * width;
-      u32 t = range.begin;
-      for (; t + 4 <= range.end; t += 4) add_four_rows(sum, tile_ + t * width, weight + t, width);
-      for (; t < range.end; ++t) row_math::add_scaled(sum, tile_ + t * width, weight[t], width);
+      add_weighted_rows(sum_ + r * width, tile_ + range.begin * width, width,
+                        weight_ + r * attend_max_tokens + range.begin, range.end - range.begin,
+                        width);
     }
   }
 
@@ -245,6 +258,7 @@ class AttendTile {
   const AttentionOutput& output_;
   AttentionShape shape_;
   u32 group_size_;
+  u32 tile_tokens_;
   float scale_;
   u32 segment_ = 0;
   u32 rows_ = 0;
@@ -289,7 +303,7 @@ class AttendTile {
 /// `output.values` may be null when only the LSE is wanted: then no value row is read.
 ///
 /// float arithmetic, sums over tokens in double; any layout and storage type. The output must not
-/// overlap the cache or the queries. No allocation: about 54 KiB of stack a worker. A loaded K/V
+/// overlap the cache or the queries. No allocation: about 62 KiB of stack a worker. A loaded K/V
 /// row serves up to 32 query rows of its group; work is split by shape, so the bits do not depend
 /// on the executor. O(query_heads * count * visible tokens * (key width + value width)).
 ///

@@ -12,8 +12,9 @@ KVLEAN_NAMESPACE_BEGIN
 
 namespace detail {
 
-/// total[t] += what rows [first, last) of the tile paid to token t. A block of tokens is summed over
-/// the rows first: long prefills are then added in two levels, which keeps float sums accurate.
+/// total[t] += what rows [first, last) of the tile paid to token t. A block of tokens is summed
+/// over the rows first: long prefills are then added in two levels, which keeps float sums
+/// accurate.
 inline void add_tile_rows(const AttentionTile& tile, u32 first, u32 last, float* total) noexcept {
   constexpr u32 block = 64;
   for (u32 begin = tile.seen.begin; begin < tile.seen.end; begin += block) {
@@ -31,28 +32,31 @@ inline void add_tile_rows(const AttentionTile& tile, u32 first, u32 last, float*
   }
 }
 
+/// Adds the tile's rows of each query head to target(head) [token].
+template <class Target>
+void add_tile_heads(const AttentionTile& tile, Target&& target) noexcept {
+  for (u32 first = 0; first < tile.rows;) {
+    const u32 head = tile.query_head[first];
+    u32 last = first + 1;
+    while (last < tile.rows && tile.query_head[last] == head) ++last;
+    add_tile_rows(tile, first, last, target(head));
+    first = last;
+  }
+}
+
 /// Adds what the queries [first_query, last_query) of query head h paid to target(h) [token], for
 /// every head of the segment's group, heads ascending.
 template <class Target>
 void accumulate_segment(const CacheView& cache, u32 segment, const Queries& queries,
                         const AttentionSpec& spec, u32 first_query, u32 last_query,
                         const AttentionScratch& scratch, Target&& target) noexcept {
-  for_each_attention_tile(cache, segment, queries, spec, first_query, last_query, scratch,
-                          [&](const AttentionTile& tile) noexcept {
-                            for (u32 first = 0; first < tile.rows;) {
-                              const u32 head = tile.query_head[first];
-                              u32 last = first + 1;
-                              while (last < tile.rows && tile.query_head[last] == head) ++last;
-                              add_tile_rows(tile, first, last, target(head));
-                              first = last;
-                            }
-                          });
+  for_each_attention_tile(
+      cache, segment, queries, spec, first_query, last_query, scratch,
+      [&target](const AttentionTile& tile) noexcept { add_tile_heads(tile, target); });
 }
 
 /// The larger of two scores; NaN if either is.
-[[nodiscard]] inline float max_or_nan(float a, float b) noexcept {
-  return b > a || b != b ? b : a;
-}
+[[nodiscard]] inline float max_or_nan(float a, float b) noexcept { return b > a || b != b ? b : a; }
 
 /// result[t] becomes the reduction of the `group` values heads(h)[t]. `result` may be heads(0).
 template <class Heads>
@@ -97,8 +101,8 @@ void reduce_heads(Heads&& heads, u32 group, GroupReduction reduction, u32 length
   return StatusCode::ok;
 }
 
-/// Writes out[kv_head][token] from per_query_head[query_head][token], `group` query heads a KV head;
-/// NaN where a head has NaN. `out` may not overlap the input. O(query heads * length).
+/// Writes out[kv_head][token] from per_query_head[query_head][token], `group` query heads a KV
+/// head; NaN where a head has NaN. `out` may not overlap the input. O(query heads * length).
 /// Errors: those of check_cache, invalid_group (group is zero), null_pointer.
 [[nodiscard]] inline Status reduce_group(const CacheView& cache, Ragged<const float> per_query_head,
                                          u32 group, GroupReduction reduction,
@@ -107,21 +111,21 @@ void reduce_heads(Heads&& heads, u32 group, GroupReduction reduction, u32 length
   if (group == 0) return StatusCode::invalid_group;
   if (!per_query_head || !out) return StatusCode::null_pointer;
   for (u32 s = 0; s < cache.segments; ++s) {
-    detail::reduce_heads([&](u32 h) noexcept { return per_query_head.segment(s * group + h); }, group,
-                         reduction, cache.length(s), out.segment(s));
+    detail::reduce_heads([&](u32 h) noexcept { return per_query_head.segment(s * group + h); },
+                         group, reduction, cache.length(s), out.segment(s));
   }
   return StatusCode::ok;
 }
 
 /// Adds to `mass` [kv_head][token] the attention that the group's queries pay to every token: H2O's
-/// accumulated score (arXiv 2306.14048), one call for a prefill or one a decode step. With `max`, the
-/// largest head total of *this call* is added; for the maximum over several calls keep one array a
-/// query head (accumulate_attention_per_query_head) and reduce_group() it.
+/// accumulated score (arXiv 2306.14048), one call for a prefill or one a decode step. With `max`,
+/// the largest head total of *this call* is added; for the maximum over several calls keep one
+/// array a query head (accumulate_attention_per_query_head) and reduce_group() it.
 ///
-/// `mass` holds cache.length(s) values for segment s, zero where a token is new, and overlaps nothing
-/// that is read. Errors: those of check_cache and check_queries, null_pointer (mass),
-/// workspace_too_small, out_of_memory; nothing was written then. Same bits at any number of workers.
-/// O(query heads * queries * length * width) time, O(length) scratch a running task.
+/// `mass` holds cache.length(s) values for segment s, zero where a token is new, and overlaps
+/// nothing that is read. Errors: those of check_cache and check_queries, null_pointer (mass),
+/// workspace_too_small, out_of_memory; nothing was written then. Same bits at any number of
+/// workers. O(query heads * queries * length * width) time, O(length) scratch a running task.
 [[nodiscard]] inline Status accumulate_attention(const CacheView& cache, const Queries& queries,
                                                  const AttentionSpec& spec, GroupReduction group,
                                                  Workspace& workspace, const Executor& executor,
@@ -139,11 +143,11 @@ void reduce_heads(Heads&& heads, u32 group, GroupReduction reduction, u32 length
     float* task = pool.of_task(worker, segment);
     float* total = pool.extra(task);
     std::fill_n(total, totals * stride, 0.0f);
-    detail::accumulate_segment(
-        cache, segment, queries, spec, 0, queries.count, pool.scratch(task),
-        [&](u32 head) noexcept {
-          return totals == 1 ? total : total + (head - segment * heads) * stride;
-        });
+    detail::accumulate_segment(cache, segment, queries, spec, 0, queries.count, pool.scratch(task),
+                               [&](u32 head) noexcept {
+                                 return totals == 1 ? total
+                                                    : total + (head - segment * heads) * stride;
+                               });
     const u32 length = cache.length(segment);
     if (totals != 1) {
       detail::reduce_heads([&](u32 h) noexcept { return total + h * stride; }, heads, group, length,

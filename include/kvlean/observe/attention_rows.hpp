@@ -21,9 +21,10 @@ struct AttentionTile {
   u32 rows = 0;
   TokenRange seen;  ///< tokens that some row sees; only these columns of row(r) are valid
   u32 query_head[attention_query_tile] = {};
-  u32 query[attention_query_tile] = {};           ///< index i within the Queries
-  TokenRange visible[attention_query_tile] = {};  ///< what each row sees; zero in the rest of `seen`
-  float lse[attention_query_tile] = {};           ///< log of the softmax denominator, sink included
+  u32 query[attention_query_tile] = {};  ///< index i within the Queries
+  TokenRange visible[attention_query_tile] =
+      {};                                ///< what each row sees; zero in the rest of `seen`
+  float lse[attention_query_tile] = {};  ///< log of the softmax denominator, sink included
   const float* probabilities = nullptr;
   u64 stride = 0;
 
@@ -120,7 +121,8 @@ inline void compute_tile(const CacheView& cache, u32 segment, const Queries& que
       tile.lse[r] = queries.lse[static_cast<u64>(head) * queries.count + tile.query[r]];
       exponentiate(logits, n, tile.lse[r]);
     } else {
-      tile.lse[r] = softmax(logits, n, spec.sink_logits != nullptr ? spec.sink_logits + head : nullptr);
+      tile.lse[r] =
+          softmax(logits, n, spec.sink_logits != nullptr ? spec.sink_logits + head : nullptr);
     }
   }
   tile.probabilities = scratch.probabilities;
@@ -129,9 +131,9 @@ inline void compute_tile(const CacheView& cache, u32 segment, const Queries& que
 
 }  // namespace detail
 
-/// Calls body(const AttentionTile&) for the queries [first_query, last_query) of every query head of
-/// the segment's group: heads ascending, then queries ascending, whatever the tile size. Few queries
-/// of many heads share a tile, so a decode step converts each key once for its whole group.
+/// Calls body(const AttentionTile&) for the queries [first_query, last_query) of every query head
+/// of the segment's group: heads ascending, then queries ascending, whatever the tile size. Few
+/// queries of many heads share a tile, so a decode step converts each key once for its whole group.
 ///
 /// A logit is softcap(scale * q.k) + log_mass; masked tokens have probability zero. Softmax is in
 /// float with a double sum; a sink logit, if any, joins the denominator. With queries.lse given,
@@ -139,8 +141,8 @@ inline void compute_tile(const CacheView& cache, u32 segment, const Queries& que
 /// there is one). A NaN logit gives its own token NaN and is left out of the sum, so one broken key
 /// does not spoil a row; +inf logits share the whole mass.
 ///
-/// Expects check_cache and check_queries to have passed, last_query <= queries.count, and scratch for
-/// cache.length(segment) tokens. O(heads * queries * length * width).
+/// Expects check_cache and check_queries to have passed, last_query <= queries.count, and scratch
+/// for cache.length(segment) tokens. O(heads * queries * length * width).
 template <class Body>
 void for_each_attention_tile(const CacheView& cache, u32 segment, const Queries& queries,
                              const AttentionSpec& spec, u32 first_query, u32 last_query,

@@ -49,7 +49,7 @@ struct AttentionScratch {
 /// piece of its index if there is one for each, else that of its worker.
 struct AttentionScratchPool {
   float* floats = nullptr;
-  std::size_t piece = 0;        ///< floats of one task: those of the tile, then `extra`
+  std::size_t piece = 0;  ///< floats of one task: those of the tile, then `extra`
   std::size_t tile_floats = 0;
   u32 pieces = 0;
   u32 tasks = 0;

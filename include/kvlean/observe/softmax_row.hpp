@@ -42,9 +42,9 @@ struct LogitTransform {
   return largest;
 }
 
-/// Softmax in place over `count` logits; `sink` (or null) joins the denominator. NaN stays NaN and is
-/// left out of the sum; +inf logits share the whole mass. Returns the log of the denominator, -inf
-/// when it is empty. O(count).
+/// Softmax in place over `count` logits; `sink` (or null) joins the denominator. NaN stays NaN and
+/// is left out of the sum; +inf logits share the whole mass. Returns the log of the denominator,
+/// -inf when it is empty. O(count).
 inline float softmax(float* x, u32 count, const float* sink) noexcept {
   constexpr float inf = std::numeric_limits<float>::infinity();
   float largest = max_logit(x, count);
@@ -68,8 +68,8 @@ inline float softmax(float* x, u32 count, const float* sink) noexcept {
   return static_cast<float>(largest + std::log(sum));
 }
 
-/// p = exp(logit - lse) in place, with the log-sum-exp that the engine computed. An lse of -inf means
-/// that nothing was seen: zeros.
+/// p = exp(logit - lse) in place, with the log-sum-exp that the engine computed. An lse of -inf
+/// means that nothing was seen: zeros.
 inline void exponentiate(float* x, u32 count, float lse) noexcept {
   if (lse == -std::numeric_limits<float>::infinity()) {
     for (u32 t = 0; t < count; ++t) x[t] = x[t] == x[t] ? 0.0f : x[t];

@@ -24,8 +24,8 @@ struct TokenRange {
 
 /// The tokens of `segment` that query i sees: at or before its position when causal, and within the
 /// sliding window if there is one. In a cache without positions, queries without positions are its
-/// newest `count` tokens (query i is token length - count + i) and given positions are compared with
-/// the token's index. O(log n).
+/// newest `count` tokens (query i is token length - count + i) and given positions are compared
+/// with the token's index. O(log n).
 [[nodiscard]] inline TokenRange visible_tokens(const CacheView& cache, u32 segment,
                                                const Queries& queries, const AttentionSpec& spec,
                                                u32 i) noexcept {

@@ -1,0 +1,158 @@
+// Copyright 2026 The KVLean Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "kvlean/apply/fold.hpp"
+#include "kvlean/apply/move_rows.hpp"
+#include "kvlean/core/executor.hpp"
+#include "kvlean/core/ragged_kv_cache.hpp"
+
+KVLEAN_NAMESPACE_BEGIN
+
+/// Tag type of `in_place`.
+struct in_place_t {
+  explicit in_place_t() = default;
+};
+/// Asks apply() to work in the cache's own memory: `apply(plan, layer, in_place)`.
+inline constexpr in_place_t in_place{};
+
+namespace detail {
+
+/// Whether all segments read one array: no offsets, stride 0.
+template <class T>
+[[nodiscard]] bool is_shared(const Ragged<T>& values, u32 segments) noexcept {
+  return values && values.first == nullptr && values.stride == 0 && segments > 1;
+}
+
+/// Whether every segment has the same values in a per-slot array of the plan.
+template <class T>
+[[nodiscard]] bool same_in_all_segments(const CompressionPlan& plan, const T* per_slot) noexcept {
+  for (u32 s = 1; s < plan.segments; ++s) {
+    if (plan.length[s] != plan.length[0] ||
+        !std::equal(per_slot, per_slot + plan.length[0], per_slot + plan.first[s])) {
+      return false;
+    }
+  }
+  return true;
+}
+
+/// What in-place work asks of the cache's arrays, after validate_plan.
+[[nodiscard]] inline Status check_cache_can_hold(const CompressionPlan& plan,
+                                                 const CacheView& cache) noexcept {
+  if ((plan.needs & needs_ragged_lengths) != 0 && cache.lengths == nullptr) {
+    return StatusCode::needs_ragged_lengths;
+  }
+  if (plan.position != nullptr && !cache.positions) return StatusCode::needs_positions;
+  if (is_shared(cache.positions, cache.segments) &&
+      !(plan.position != nullptr ? same_in_all_segments(plan, plan.position)
+                                 : same_in_all_segments(plan, plan.anchor))) {
+    return StatusCode::needs_positions;
+  }
+  if (plan.log_mass != nullptr && !cache.log_mass) return StatusCode::needs_log_mass;
+  if (is_shared(cache.log_mass, cache.segments) &&
+      !(plan.log_mass != nullptr ? same_in_all_segments(plan, plan.log_mass)
+                                 : same_in_all_segments(plan, plan.anchor))) {
+    return StatusCode::needs_log_mass;
+  }
+  const auto literals_apart = [&](const Rows& literal) noexcept {
+    for (u32 s = 0; s < plan.segments; ++s) {
+      const ByteRange range = hull(literal, s, plan.length[s]);
+      for (u32 other = 0; other < cache.segments; ++other) {
+        if (rows_touch(cache.keys, other, cache.length(other), range) ||
+            rows_touch(cache.values, other, cache.length(other), range)) {
+          return false;
+        }
+      }
+    }
+    return true;
+  };
+  if (plan.has_literal_keys() && !literals_apart(plan.literal_keys)) {
+    return StatusCode::destination_overlaps;
+  }
+  if (plan.has_literal_values() && !literals_apart(plan.literal_values)) {
+    return StatusCode::destination_overlaps;
+  }
+  return StatusCode::ok;
+}
+
+/// Moves a per-slot array along with the anchors, or takes the plan's values where it has them.
+template <class T>
+void compact_array(const CompressionPlan& plan, const Ragged<T>& values, const T* replacement,
+                   u32 frozen, u32 segment) noexcept {
+  T* array = values.segment(segment);
+  const u64 first = plan.first[segment];
+  for (u32 j = frozen; j < plan.length[segment]; ++j) {
+    array[j] = replacement != nullptr ? replacement[first + j] : array[plan.anchor[first + j]];
+  }
+}
+
+/// Positions, log mass and lengths, once the rows are in their place.
+inline void compact_arrays(const CompressionPlan& plan, CacheView& cache) noexcept {
+  const u32 positions = is_shared(cache.positions, cache.segments) ? 1 : cache.segments;
+  const u32 masses = is_shared(cache.log_mass, cache.segments) ? 1 : cache.segments;
+  for (u32 s = 0; cache.positions && s < positions; ++s) {
+    compact_array(plan, cache.positions, plan.position, cache.frozen, s);
+  }
+  for (u32 s = 0; cache.log_mass && s < masses; ++s) {
+    compact_array(plan, cache.log_mass, plan.log_mass, cache.frozen, s);
+  }
+  if (cache.lengths != nullptr) {
+    std::copy_n(plan.length, plan.segments, cache.lengths);
+  } else {
+    cache.uniform_length = plan.length[0];
+  }
+}
+
+/// Gives a KVCache the length that in-place work left in its view; the next position stays.
+template <Tensor K, Tensor V>
+void adopt_length(KVCache<K, V>& cache, const CacheView& view) noexcept {
+  if (view.lengths != nullptr) return;  // the caller's array is already up to date
+  cache.set_length(view.uniform_length).set_next_position(view.next_position);
+}
+
+}  // namespace detail
+
+/// Carries out a plan in the cache's own memory: blends at the anchors' rows, then moves rows, positions
+/// and log mass towards token 0 in ascending order. The same bits as out of place in the same type
+/// (accessor tensors: as far as storing what was loaded keeps the bits). Lengths are written to the
+/// cache's `lengths`, or to its uniform length; the next position stays. Frozen rows are never
+/// written. Without a positions array the positions of moved tokens are not kept anywhere. K and V
+/// may lie in one buffer, interleaved, or V may be columns of K if the plan rewrites neither.
+///
+/// Errors, all found before the first write: those of validate_plan; read_only; needs_ragged_lengths
+/// (no `lengths` array); needs_log_mass, needs_positions (no array, or one that all segments share
+/// and the plan makes differ); destination_overlaps (literal rows inside the cache).
+/// O(slots * width + terms * width); one task a segment.
+[[nodiscard]] inline Status apply(const CompressionPlan& plan, CacheView& cache, in_place_t,
+                                  const Executor& executor = {}) noexcept {
+  KVLEAN_RETURN_IF_ERROR(validate_plan(plan, cache));
+  if (!cache.keys.writable || !cache.values.writable) return StatusCode::read_only;
+  KVLEAN_RETURN_IF_ERROR(detail::check_cache_can_hold(plan, cache));
+  parallel_for(executor, plan.segments, [&](u32, u32 s) noexcept {
+    detail::fold_segment(plan, cache, s);
+    detail::compact_segment(cache.keys, cache.values, s, cache.length(s),
+                            plan.anchor + plan.first[s], plan.length[s]);
+  });
+  detail::compact_arrays(plan, cache);
+  return StatusCode::ok;
+}
+
+/// The same for a KVCache, whose length is updated.
+template <Tensor K, Tensor V>
+[[nodiscard]] Status apply(const CompressionPlan& plan, KVCache<K, V>& cache, in_place_t,
+                           const Executor& executor = {}) noexcept {
+  CacheView view = cache.view();
+  KVLEAN_RETURN_IF_ERROR(apply(plan, view, in_place, executor));
+  detail::adopt_length(cache, view);
+  return StatusCode::ok;
+}
+
+/// The same for a RaggedKVCache. Heads stay where they are: a flat cache gets gaps, which leave
+/// room for append() and which pack() closes.
+[[nodiscard]] inline Status apply(const CompressionPlan& plan, RaggedKVCache& cache, in_place_t,
+                                  const Executor& executor = {}) noexcept {
+  CacheView view = cache.view();
+  return apply(plan, view, in_place, executor);
+}
+
+KVLEAN_NAMESPACE_END
