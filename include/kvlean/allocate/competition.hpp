@@ -76,12 +76,12 @@ struct Entrant {
       for (u32 i = 0; i < count; ++i) add(key(i), u64{1});
     });
   }
-  /// add(key, count) for every candidate that competes.
+  /// add(key, count) for every candidate; the counts of those that do not compete add up to zero.
   template <class Add>
   void for_each_competing(Add&& add) const noexcept {
     for (u32 i = 0; i < count; ++i) {
       const u32 k = key(i);
-      if (k <= safe_cut.key) add(k, u64{1});
+      add(k, static_cast<u64>(k <= safe_cut.key));  // a branch would be mispredicted half the time
     }
     if (safe_cut.ties != 0) add(safe_cut.key, u64{0} - safe_cut.ties);
   }
@@ -131,8 +131,8 @@ struct Entrant {
     u64 above = 0;
     u64 equal = 0;
     entrants[s].for_each_competing([&](u32 key, u64 count) noexcept {
-      above += key > cut.key ? count : 0;
-      equal += key == cut.key ? count : 0;
+      above += static_cast<u64>(key > cut.key) * count;
+      equal += static_cast<u64>(key == cut.key) * count;
     });
     const u64 ties = std::min(equal, ties_left);
     ties_left -= ties;

@@ -104,11 +104,24 @@ struct KVMergerReducer {
           slots[s] = kept.count[s];
           link_free(cosine + at, cache.frozen, context.options.protection, length, state, linked);
         } else {
-          slots[s] = form_sets(cosine + at, row, length, limit[s], cache.frozen,
-                               context.options.protection, state + first[s], linked + first[s],
-                               keys + at, evicted[s]);
+          slots[s] = form_sets(form, soft_protection(length, limit[s]), cosine + at, row, length,
+                               limit[s], cache.frozen, context.options.protection, state + first[s],
+                               linked + first[s], keys + at, evicted[s]);
         }
       });
+      if (context.options.sharing.kind == SharingKind::equal_count) {
+        // Emergent counts differ: heads below the largest give back their weakest links.
+        const u32 most = *std::max_element(slots, slots + cache.segments);
+        parallel_for(context.options.executor, tasks, [&](u32 worker, u32 s) noexcept {
+          if (slots[s] == most) return;
+          const std::size_t at = static_cast<std::size_t>(worker) * longest;
+          detail::adjacent_cosines(cache.keys, s, cache.length(s), cosine + at);
+          slots[s] = form_sets(KVMergerForm::slots, soft_protection(cache.length(s), limit[s]),
+                               cosine + at, score.segment(s), cache.length(s), most, cache.frozen,
+                               context.options.protection, state + first[s], linked + first[s],
+                               keys + at, evicted[s]);
+        });
+      }
     }
     for (u32 s = 1; shared && s < cache.segments; ++s) {
       slots[s] = slots[0];
@@ -149,19 +162,19 @@ struct KVMergerReducer {
   }
 
  private:
-  u32 form_sets(const float* cosine, const float* score, u32 length, u32 limit, u32 frozen,
-                const Protection& protection, u8* state, u8* linked, u64* keys,
-                u32& evicted) const noexcept {
+  u32 form_sets(KVMergerForm kind, KVMergerCounts soft, const float* cosine, const float* score,
+                u32 length, u32 limit, u32 frozen, const Protection& protection, u8* state,
+                u8* linked, u64* keys, u32& evicted) const noexcept {
+    evicted = 0;
     if (length == 0) return 0;
-    detail::mark_protected(soft_protection(length, limit), protection, frozen, score, length, limit,
-                           state, keys);
+    detail::mark_protected(soft, protection, frozen, score, length, limit, state, keys);
     linked[length - 1] = 0;
-    const u32 links = form == KVMergerForm::slots
+    const u32 links = kind == KVMergerForm::slots
                           ? detail::link_best(cosine, state, length,
                                               length - std::min(limit, length), linked, keys)
                           : detail::link_above(cosine, state, length, epsilon, linked);
     const u32 sets = length - links;
-    const bool limited = form == KVMergerForm::slots || enforce_limit;
+    const bool limited = kind == KVMergerForm::slots || enforce_limit;
     if (limited && sets > limit) {
       evicted = detail::evict_least_sets(score, linked, length, sets - limit, state, keys);
     }

@@ -131,8 +131,10 @@ inline Status select_pages(const float* scores, u32 length, u32 slots, u32 page_
 
   const auto protection_for = [&](u32 slots) noexcept {
     Protection protection = options.protection;
-    const double share = std::floor(static_cast<double>(recent_share) * slots);
-    protection.recent = std::max(protection.recent, static_cast<u32>(std::max(share, 0.0)));
+    const u32 front = std::max(options.protection.sinks, cache.frozen);
+    const u32 share = static_cast<u32>(static_cast<double>(recent_share) * slots);
+    protection.recent =
+        std::max(protection.recent, std::min(share, slots - std::min(slots, front)));
     return protection;
   };
   if (!shared) {

@@ -13,7 +13,7 @@ KVLEAN_NAMESPACE_BEGIN
 /// Token omission via attention (TOVA, arXiv 2401.06104): the attention of the last query, averaged
 /// over all query heads of the layer, so that every KV head gets the same row.
 struct TOVAScorer {
-  bool pin_last = true;  ///< as kvpress: the last token gets the best score of the others
+  bool pin_last = true;  ///< as kvpress: the last token gets the best score of the others + 1
 
   /// mass = the averaged row; rank = mass, with the last token pinned. Reads the last query of
   /// seen.window, or of seen.reference where no window was given. Where KV heads hold different
@@ -73,7 +73,7 @@ struct TOVAScorer {
     std::copy_n(mass, length, rank);
     if (!pin_last || length == 1) return;
     const float best = detail::max_logit(mass, length - 1);
-    if (best != -std::numeric_limits<float>::infinity()) rank[length - 1] = best;
+    if (best != -std::numeric_limits<float>::infinity()) rank[length - 1] = best + 1.0f;
   }
 };
 static_assert(Scorer<TOVAScorer>);
