@@ -51,7 +51,7 @@ struct Model {
               .set_origin({.sequence = 0, .layer = l, .head = 0})
               .view());
       const auto rows =
-          strided(queries_[l].data(), {.kv_heads = heads * group, .tokens = tokens, .dim = dim});
+          strided(queries_[l].data(), {.heads = heads * group, .tokens = tokens, .dim = dim});
       seen.push_back(observe_prefill(rows, window));
     }
   }

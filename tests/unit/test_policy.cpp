@@ -33,7 +33,7 @@ struct Layer {
   }
   Observation seen() {
     return observe_prefill(
-        strided(rows.data(), {.kv_heads = heads * group, .tokens = tokens, .dim = dim}), 8);
+        strided(rows.data(), {.heads = heads * group, .tokens = tokens, .dim = dim}), 8);
   }
 };
 

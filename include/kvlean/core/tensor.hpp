@@ -18,6 +18,13 @@ struct Extents {
   std::size_t dim = 0;
 };
 
+/// Extents of queries [query_head][token][dim].
+struct QueryExtents {
+  std::size_t heads = 0;
+  std::size_t tokens = 0;
+  std::size_t dim = 0;
+};
+
 /// Strides in elements; all zero means contiguous [kv_head][token][dim]. A transposed V has
 /// `dim` = its token capacity and `token` = 1.
 struct Strides {
@@ -29,18 +36,24 @@ struct Strides {
 /// A tensor whose rows can be addressed: it hands out the one description that kernels take.
 template <class T>
 concept StridedTensor = requires(const T& tensor) {
-  { tensor.rows() } noexcept -> std::same_as<Rows>;
+  { tensor.rows() }
+  noexcept->std::same_as<Rows>;
 };
 
 /// A tensor with rows in an exotic form (tiles, blocks with scales inside): it loads and stores a
 /// whole row of `width()` floats. The tensor must outlive every view made of it.
 template <class T>
 concept RowTensor = requires(const T& tensor, u32 head, u32 token, float* row, const float* in) {
-  { tensor.num_heads() } noexcept -> std::convertible_to<std::size_t>;
-  { tensor.num_tokens() } noexcept -> std::convertible_to<std::size_t>;
-  { tensor.width() } noexcept -> std::convertible_to<std::size_t>;
-  { tensor.load(head, token, row) } noexcept;
-  { tensor.store(head, token, in) } noexcept;
+  { tensor.num_heads() }
+  noexcept->std::convertible_to<std::size_t>;
+  { tensor.num_tokens() }
+  noexcept->std::convertible_to<std::size_t>;
+  { tensor.width() }
+  noexcept->std::convertible_to<std::size_t>;
+  { tensor.load(head, token, row) }
+  noexcept;
+  { tensor.store(head, token, in) }
+  noexcept;
 };
 
 /// What KVCache can wrap.
@@ -102,8 +115,7 @@ class Paged {
     rows_.page_stride = page_stride;
     rows_.page_table_stride = page_table_head_stride;
     const auto per_head = static_cast<std::size_t>(page_table_head_stride);
-    const std::size_t before_last =
-        extents.kv_heads == 0 ? 0 : per_head * (extents.kv_heads - 1);
+    const std::size_t before_last = extents.kv_heads == 0 ? 0 : per_head * (extents.kv_heads - 1);
     const std::size_t last = page_table.size() - std::min(page_table.size(), before_last);
     rows_.page_table_length = detail::saturate_u32(per_head == 0 ? last : std::min(last, per_head));
   }
@@ -135,8 +147,18 @@ class Indexed {
 
 /// Wraps pointer and strides: `strided(k, {.kv_heads = 8, .tokens = n, .dim = 128})`.
 template <class Element>
-[[nodiscard]] Strided<Element> strided(Element* data, Extents extents, Strides strides = {}) noexcept {
+[[nodiscard]] Strided<Element> strided(Element* data, Extents extents,
+                                       Strides strides = {}) noexcept {
   return Strided<Element>(data, extents, strides);
+}
+
+/// Wraps queries: `strided(q, {.heads = 32, .tokens = 32, .dim = 128})`.
+template <class Element>
+[[nodiscard]] Strided<Element> strided(Element* data, QueryExtents extents,
+                                       Strides strides = {}) noexcept {
+  return Strided<Element>(
+      data, Extents{.kv_heads = extents.heads, .tokens = extents.tokens, .dim = extents.dim},
+      strides);
 }
 
 /// Wraps a page pool and its table; see Paged.

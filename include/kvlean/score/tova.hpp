@@ -19,8 +19,8 @@ struct TOVAScorer {
   /// seen.window, or of seen.reference where no window was given. Where KV heads hold different
   /// tokens, a row is matched by position and a head that lacks the position adds zero to its mean.
   /// Errors: those of check_cache, shape_mismatch, null_pointer, missing_observation,
-  /// invalid_group, workspace_too_small, out_of_memory. O(query heads * tokens * width + kv_heads^2
-  /// * tokens).
+  /// invalid_group, workspace_too_small, out_of_memory.
+  /// O(query heads * tokens * width + KV heads squared * tokens).
   [[nodiscard]] Status score(const CacheView& cache, const Observation& seen, Context& context,
                              Scores& scores) const noexcept {
     KVLEAN_RETURN_IF_ERROR(detail::check_scores(cache, scores, true));
