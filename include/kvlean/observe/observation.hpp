@@ -112,7 +112,9 @@ template <Tensor Q>
 /// Checks queries against a cache: heads, widths, group. O(1).
 [[nodiscard]] inline Status check_queries(const Queries& queries, const CacheView& cache) noexcept {
   if (!queries) return StatusCode::missing_observation;
-  KVLEAN_RETURN_IF_ERROR(check_rows(queries.rows, queries.first_row + queries.count));
+  const u64 last_row = static_cast<u64>(queries.first_row) + queries.count;
+  if (last_row > queries.rows.tokens) return StatusCode::invalid_length;
+  KVLEAN_RETURN_IF_ERROR(check_rows(queries.rows, static_cast<u32>(last_row)));
   if (cache.segments == 0 || queries.rows.heads % cache.segments != 0) {
     return StatusCode::invalid_group;
   }
