@@ -31,7 +31,8 @@ struct RandomCache {
     const u32 tokens = random.between(1, 40);
     const u32 page_tokens = random.between(1, 6);
     const auto tensor = [&] {
-      const auto layout = static_cast<Layout>(random.between(0, static_cast<u32>(Layout::count) - 1));
+      const auto layout =
+          static_cast<Layout>(random.between(0, static_cast<u32>(Layout::count) - 1));
       return make_tensor(layout, dtypes[random.between(0, 2)], heads, tokens, random.between(1, 19),
                          page_tokens, random);
     };
@@ -222,7 +223,8 @@ double unit(DType dtype) {
   return dtype == DType::f32 ? 0x1p-24 : dtype == DType::f16 ? 0x1p-11 : 0x1p-8;
 }
 
-u64 compare_with_reference(const CompressionPlan& plan, const Rows& from, const Rows& to, bool key) {
+u64 compare_with_reference(const CompressionPlan& plan, const Rows& from, const Rows& to,
+                           bool key) {
   u64 wrong = 0;
   std::vector<double> row;
   std::vector<double> bound;
@@ -288,7 +290,8 @@ u64 changed_outside(const TensorMemory& now, const TensorMemory& before, const C
       for (u32 d = 0; d < rows.width; ++d) {
         const auto offset = at + static_cast<i64>(d) * rows.dim_stride * static_cast<i64>(element) -
                             now.bytes.data();
-        for (std::size_t i = 0; i < element; ++i) inside[static_cast<std::size_t>(offset) + i] = true;
+        for (std::size_t i = 0; i < element; ++i)
+          inside[static_cast<std::size_t>(offset) + i] = true;
       }
     }
   }
@@ -401,7 +404,8 @@ TEST_CASE("storage types are converted by one rounding", "[apply]") {
         for (u32 d = 0; d < result.keys.width; ++d) {
           std::byte expected[4];
           store_element(expected, shape.key_dtype, row[d]);
-          const std::byte* stored = row_address(result.keys, s, t) + d * size_bytes(shape.key_dtype);
+          const std::byte* stored =
+              row_address(result.keys, s, t) + d * size_bytes(shape.key_dtype);
           wrong += std::memcmp(expected, stored, size_bytes(shape.key_dtype)) == 0 ? 0u : 1u;
         }
       }

@@ -62,7 +62,10 @@ enum class Layout {
 class TileTensor {
  public:
   TileTensor(std::size_t heads, std::size_t tokens, std::size_t width)
-      : heads_(heads), tokens_(tokens), width_(width), data_(heads * ((tokens + 3) / 4) * 4 * width) {}
+      : heads_(heads),
+        tokens_(tokens),
+        width_(width),
+        data_(heads * ((tokens + 3) / 4) * 4 * width) {}
   [[nodiscard]] std::size_t num_heads() const noexcept { return heads_; }
   [[nodiscard]] std::size_t num_tokens() const noexcept { return tokens_; }
   [[nodiscard]] std::size_t width() const noexcept { return width_; }
@@ -144,13 +147,19 @@ inline TensorMemory make_tensor(Layout layout, kvlean::DType dtype, kvlean::u32 
     elements = static_cast<i64>(numbers.size()) * rows.page_stride;
   };
   switch (layout) {
-    case Layout::contiguous: strides(t * w, w, 1); break;
-    case Layout::token_major: strides(w, h * w, 1); break;
+    case Layout::contiguous:
+      strides(t * w, w, 1);
+      break;
+    case Layout::token_major:
+      strides(w, h * w, 1);
+      break;
     case Layout::padded:
       strides(t * (w + 3) + 5, w + 3, 1);
       elements = h * rows.head_stride;
       break;
-    case Layout::transposed: strides(t * w, 1, t); break;
+    case Layout::transposed:
+      strides(t * w, 1, t);
+      break;
     case Layout::backwards:
       strides(-t * w, -w, -1);
       origin = elements - 1;
@@ -159,8 +168,12 @@ inline TensorMemory make_tensor(Layout layout, kvlean::DType dtype, kvlean::u32 
       strides(t * w * 2, w * 2, 2);
       elements *= 2;
       break;
-    case Layout::paged: pages(1); break;
-    case Layout::paged_heads: pages(heads); break;
+    case Layout::paged:
+      pages(1);
+      break;
+    case Layout::paged_heads:
+      pages(heads);
+      break;
     case Layout::indexed:
       strides(t * w, w, 1);
       permutation(tokens, 1);

@@ -64,7 +64,7 @@ concept EigenExpression = requires(Matrix& matrix) {
 /// outlive the view, so a temporary matrix does not compile. When the heads do not divide the
 /// columns the view has no heads, and every stage answers invalid_shape.
 template <class Matrix>
-  requires EigenExpression<Matrix>
+requires EigenExpression<Matrix>
 [[nodiscard]] auto eigen_tensor(Matrix&& matrix, std::size_t kv_heads) noexcept {
   using Plain = std::remove_cvref_t<Matrix>;
   static_assert(std::is_lvalue_reference_v<Matrix> ||
@@ -74,17 +74,17 @@ template <class Matrix>
   const auto columns = static_cast<std::size_t>(matrix.cols());
   if (kv_heads == 0 || columns % kv_heads != 0) return Strided<Element>(nullptr, {});
   const std::size_t dim = columns / kv_heads;
-  return Strided<Element>(
-      detail::eigen_data(matrix), {kv_heads, static_cast<std::size_t>(matrix.rows()), dim},
-      {static_cast<std::ptrdiff_t>(dim) * matrix.colStride(), matrix.rowStride(),
-       matrix.colStride()});
+  return Strided<Element>(detail::eigen_data(matrix),
+                          {kv_heads, static_cast<std::size_t>(matrix.rows()), dim},
+                          {static_cast<std::ptrdiff_t>(dim) * matrix.colStride(),
+                           matrix.rowStride(), matrix.colStride()});
 }
 
-/// One layer as a map [tokens x dim] a head. The maps must agree in shape and strides and be equally
-/// spaced in memory, in either direction; otherwise the view has no heads, and every stage answers
-/// invalid_shape. O(heads).
+/// One layer as a map [tokens x dim] a head. The maps must agree in shape and strides and be
+/// equally spaced in memory, in either direction; otherwise the view has no heads, and every stage
+/// answers invalid_shape. O(heads).
 template <class Map>
-  requires EigenExpression<Map>
+requires EigenExpression<Map>
 [[nodiscard]] auto eigen_tensor(std::span<Map> heads) noexcept {
   using Element = detail::EigenElement<Map>;
   const Strided<Element> none(nullptr, {});
@@ -104,10 +104,10 @@ template <class Map>
       return none;
     }
   }
-  return Strided<Element>(
-      detail::eigen_data(heads.front()),
-      {heads.size(), static_cast<std::size_t>(front.rows()), static_cast<std::size_t>(front.cols())},
-      {spacing / element, front.rowStride(), front.colStride()});
+  return Strided<Element>(detail::eigen_data(heads.front()),
+                          {heads.size(), static_cast<std::size_t>(front.rows()),
+                           static_cast<std::size_t>(front.cols())},
+                          {spacing / element, front.rowStride(), front.colStride()});
 }
 
 KVLEAN_NAMESPACE_END

@@ -75,7 +75,8 @@ inline void write_value(const CompressionPlan& plan, const Rows& values, u32 seg
 
 /// Writes the changed slots of a segment at their anchors' rows. No blend reads a row that another
 /// one writes, because a token is an anchor or a term, never both.
-inline void fold_segment(const CompressionPlan& plan, const CacheView& cache, u32 segment) noexcept {
+inline void fold_segment(const CompressionPlan& plan, const CacheView& cache,
+                         u32 segment) noexcept {
   constexpr u32 rewrites = needs_moved_keys | needs_changed_values;
   if ((plan.needs & rewrites) == 0) return;
   for (u64 slot = plan.first[segment]; slot < plan.first[segment + 1]; ++slot) {

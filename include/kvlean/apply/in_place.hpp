@@ -112,17 +112,18 @@ void adopt_length(KVCache<K, V>& cache, const CacheView& view) noexcept {
 
 }  // namespace detail
 
-/// Carries out a plan in the cache's own memory: blends at the anchors' rows, then moves rows, positions
-/// and log mass towards token 0 in ascending order. The same bits as out of place in the same type
-/// (accessor tensors: as far as storing what was loaded keeps the bits). Lengths are written to the
-/// cache's `lengths`, or to its uniform length; the next position stays. Frozen rows are never
-/// written. Without a positions array the positions of moved tokens are not kept anywhere. K and V
-/// may lie in one buffer, interleaved, or V may be columns of K if the plan rewrites neither.
+/// Carries out a plan in the cache's own memory: blends at the anchors' rows, then moves rows,
+/// positions and log mass towards token 0 in ascending order. The same bits as out of place in the
+/// same type (accessor tensors: as far as storing what was loaded keeps the bits). Lengths are
+/// written to the cache's `lengths`, or to its uniform length; the next position stays. Frozen rows
+/// are never written. Without a positions array the positions of moved tokens are not kept
+/// anywhere. K and V may lie in one buffer, interleaved, or V may be columns of K if the plan
+/// rewrites neither.
 ///
-/// Errors, all found before the first write: those of validate_plan; read_only; needs_ragged_lengths
-/// (no `lengths` array); needs_log_mass, needs_positions (no array, or one that all segments share
-/// and the plan makes differ); destination_overlaps (literal rows inside the cache).
-/// O(slots * width + terms * width); one task a segment.
+/// Errors, all found before the first write: those of validate_plan; read_only;
+/// needs_ragged_lengths (no `lengths` array); needs_log_mass, needs_positions (no array, or one
+/// that all segments share and the plan makes differ); destination_overlaps (literal rows inside
+/// the cache). O(slots * width + terms * width); one task a segment.
 [[nodiscard]] inline Status apply(const CompressionPlan& plan, CacheView& cache, in_place_t,
                                   const Executor& executor = {}) noexcept {
   KVLEAN_RETURN_IF_ERROR(validate_plan(plan, cache));

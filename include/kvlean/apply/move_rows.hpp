@@ -72,8 +72,8 @@ inline void copy_straight(const std::byte* source, std::byte* target, const Rows
   }
 }
 
-/// Copies tokens [from_token, from_token + count) of a head onto [to_token, ...), in ascending order.
-/// The bits are kept when the types agree and neither side is an accessor. O(count * width).
+/// Copies tokens [from_token, from_token + count) of a head onto [to_token, ...), in ascending
+/// order. The bits are kept when the types agree and neither side is an accessor. O(count * width).
 inline void copy_tokens(const Rows& from, u32 from_head, u32 from_token, const Rows& to,
                         u32 to_head, u32 to_token, u32 count) noexcept {
   if (from.load != nullptr || to.store != nullptr || from.dtype != to.dtype) {
@@ -102,8 +102,8 @@ inline void copy_tokens(const Rows& from, u32 from_head, u32 from_token, const R
 template <std::size_t element>
 void gather_columns(const Rows& rows, u32 head, const u32* anchor, u32 begin, u32 end) noexcept {
   for (u32 d = 0; d < rows.width; ++d) {
-    std::byte* column = row_address(rows, head, 0) + static_cast<i64>(d) * rows.dim_stride *
-                                                         static_cast<i64>(element);
+    std::byte* column = row_address(rows, head, 0) +
+                        static_cast<i64>(d) * rows.dim_stride * static_cast<i64>(element);
     for (u32 j = begin; j < end; ++j) {
       std::memcpy(column + j * element, column + std::size_t{anchor[j]} * element, element);
     }

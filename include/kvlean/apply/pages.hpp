@@ -48,11 +48,11 @@ inline void compact_table(const CompressionPlan& plan, const CacheView& cache, u
 }  // namespace detail
 
 /// Carries out a plan of whole pages (plan.page_tokens > 0) by rewriting the page table that keys
-/// and values are found through; no row moves. Blends are written at their anchors' rows first, then
-/// positions, log mass and lengths follow. `page_table` is the table the cache's tensors point at.
-/// Kept pages come first, in order; the dropped ones stand behind them, up to the pages that were in
-/// use, and are the caller's to free. With one table for all heads the heads must keep the same
-/// pages; with a table a head each is compacted. `pages_kept` is the sum over the tables.
+/// and values are found through; no row moves. Blends are written at their anchors' rows first,
+/// then positions, log mass and lengths follow. `page_table` is the table the cache's tensors point
+/// at. Kept pages come first, in order; the dropped ones stand behind them, up to the pages that
+/// were in use, and are the caller's to free. With one table for all heads the heads must keep the
+/// same pages; with a table a head each is compacted. `pages_kept` is the sum over the tables.
 ///
 /// Errors, all found before the first write: those of validate_plan; invalid_plan (no page_tokens,
 /// another page size, or heads that share a table and differ); invalid_page_table (keys and values

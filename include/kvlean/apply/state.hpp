@@ -30,10 +30,14 @@ namespace detail {
 
 [[nodiscard]] inline float combine(MoveRule rule, float a, float b) noexcept {
   switch (rule) {
-    case MoveRule::anchor: return a;
-    case MoveRule::sum: return a + b;
-    case MoveRule::max: return std::max(a, b);
-    case MoveRule::logaddexp: return log_add_exp(a, b);
+    case MoveRule::anchor:
+      return a;
+    case MoveRule::sum:
+      return a + b;
+    case MoveRule::max:
+      return std::max(a, b);
+    case MoveRule::logaddexp:
+      return log_add_exp(a, b);
   }
   return a;
 }
@@ -43,8 +47,8 @@ namespace detail {
 /// Moves the caller's state of each token, one float a (segment, token), along with a plan, in
 /// place: state(s, j) becomes that of slot j. Call it once for every state array, before or after
 /// apply(); the plan must be one that apply() accepts. A term of several slots counts in each.
-/// Errors: null_pointer, invalid_plan (arrays missing), invalid_option (all segments share one array,
-/// or an unknown rule). O(slots + terms).
+/// Errors: null_pointer, invalid_plan (arrays missing), invalid_option (all segments share one
+/// array, or an unknown rule). O(slots + terms).
 [[nodiscard]] inline Status apply_state(const CompressionPlan& plan, Ragged<float> state,
                                         MoveRule rule) noexcept {
   if (!state) return StatusCode::null_pointer;

@@ -49,7 +49,8 @@ namespace detail {
       return StatusCode::destination_overlaps;
     }
     const auto array_touches = [&](const auto& values) noexcept {
-      return values && ByteRange::of(values.segment(s), length * sizeof(*values.data)).overlaps(block);
+      return values &&
+             ByteRange::of(values.segment(s), length * sizeof(*values.data)).overlaps(block);
     };
     if (array_touches(cache.positions) || array_touches(cache.log_mass)) {
       return StatusCode::destination_overlaps;
@@ -105,16 +106,18 @@ inline void write_segment_to(const CompressionPlan& plan, const CacheView& from,
 
 }  // namespace detail
 
-/// Carries out a plan into another cache, which is overwritten; the source stays as it is. Types are
-/// converted by one rounding, and the bits are kept where they agree. The destination takes over the
-/// next position, rotation and origin; nothing in it is frozen, since it is a copy. Slots get the
-/// plan's position, or their anchor's (its index where the source has no positions). Literal rows
-/// may be the very rows of the destination they belong to (a fit that wrote its result there).
+/// Carries out a plan into another cache, which is overwritten; the source stays as it is. Types
+/// are converted by one rounding, and the bits are kept where they agree. The destination takes
+/// over the next position, rotation and origin; nothing in it is frozen, since it is a copy. Slots
+/// get the plan's position, or their anchor's (its index where the source has no positions).
+/// Literal rows may be the very rows of the destination they belong to (a fit that wrote its result
+/// there).
 ///
 /// Errors, all found before the first write: those of validate_plan; shape_mismatch (heads or
 /// widths); destination_too_small; needs_log_mass, needs_positions (plan or source has them and the
-/// destination's shape does not); destination_overlaps (the source lies in the destination's memory;
-/// rows behind accessors cannot be checked). O(slots * width + terms * width); one task a segment.
+/// destination's shape does not); destination_overlaps (the source lies in the destination's
+/// memory; rows behind accessors cannot be checked). O(slots * width + terms * width); one task a
+/// segment.
 template <Cache Source>
 [[nodiscard]] Status apply(const CompressionPlan& plan, const Source& source,
                            RaggedKVCache& destination, const Executor& executor = {}) noexcept {

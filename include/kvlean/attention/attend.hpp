@@ -294,18 +294,18 @@ class AttendTile {
 /// Softmax attention of every query over its segment, as `spec` says, ragged lengths and log mass
 /// included: query head h reads KV head h / group_size, where group_size is query heads / KV heads.
 ///   logit(t)  = softcap(scale * q.k_t) + log_mass_t
-///   output    = sum_t exp(logit(t)) v_t / Z,   lse = log Z,   Z = sum_t exp(logit(t)) [+
-///   exp(sink)]
+///   Z         = sum_t exp(logit(t)) [+ exp(sink)]
+///   output    = sum_t exp(logit(t)) v_t / Z,   lse = log Z
 /// over the tokens t that the query's mask and the sliding window leave. Positions must ascend, for
 /// tokens (see CacheView) and queries; in a cache without positions the index is the position, and
 /// queries without any are the newest `count` tokens of each segment. A query that sees nothing
 /// gets zeros and -inf, or its sink's logit; NaN and infinity in the data show in the results.
 /// `output.values` may be null when only the LSE is wanted: then no value row is read.
 ///
-/// float arithmetic, sums over tokens in double; any layout and storage type. The output must not
-/// overlap the cache or the queries. No allocation: about 62 KiB of stack a worker. A loaded K/V
-/// row serves up to 32 query rows of its group; work is split by shape, so the bits do not depend
-/// on the executor. O(query_heads * count * visible tokens * (key width + value width)).
+/// float arithmetic, Z summed in double over tiles; any layout and storage type. The output must
+/// not overlap the cache or the queries. No allocation: about 62 KiB of stack a worker. A loaded
+/// K/V row serves up to 32 query rows of its group; work is split by shape, so the bits do not
+/// depend on the executor. O(query_heads * count * visible tokens * (key width + value width)).
 ///
 /// Errors, all found before anything is written: those of check_cache and check_queries (no
 /// queries: missing_observation), null_pointer (no output at all), invalid_option (scale or softcap

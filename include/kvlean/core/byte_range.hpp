@@ -46,8 +46,8 @@ void for_each_byte_range(const Rows& rows, u32 head, u32 length, Visit&& visit) 
   if (rows.load != nullptr || rows.data == nullptr || length == 0) return;
   const i64 head_offset = static_cast<i64>(head) * rows.head_stride;
   if (rows.page_table != nullptr) {
-    const u32 pages = rows.order != nullptr ? rows.page_table_length
-                                            : (length - 1) / rows.page_tokens + 1;
+    const u32 pages =
+        rows.order != nullptr ? rows.page_table_length : (length - 1) / rows.page_tokens + 1;
     const i32* table = rows.page_table + static_cast<i64>(head) * rows.page_table_stride;
     for (u32 page = 0; page < pages; ++page) {
       const u32 tokens = rows.order != nullptr

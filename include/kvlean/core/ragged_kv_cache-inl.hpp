@@ -61,7 +61,7 @@ inline void RaggedKVCache::adopt(std::byte* storage, const RaggedShape& shape,
     new (parts.offsets + h)
         u64{shape.layout == RaggedLayout::fixed ? h * shape.capacity_per_head : 0};
   }
-  ::operator delete(owned_, std::align_val_t{alignment});
+  ::operator delete (owned_, std::align_val_t{alignment});
   parts_ = parts;
   owned_ = block;
 }

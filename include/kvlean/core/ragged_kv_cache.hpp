@@ -38,8 +38,8 @@ struct RaggedShape {
   }
   [[nodiscard]] static RaggedShape fixed(std::size_t kv_heads, std::size_t dim, DType dtype,
                                          std::size_t capacity_per_head) noexcept {
-    return {kv_heads, dim, dim, dtype, dtype, RaggedLayout::fixed, 0, capacity_per_head, false,
-            true};
+    return {kv_heads,          dim,   dim, dtype, dtype, RaggedLayout::fixed, 0,
+            capacity_per_head, false, true};
   }
 };
 
@@ -60,7 +60,7 @@ class RaggedKVCache {
     std::swap(owned_, other.owned_);
     return *this;
   }
-  ~RaggedKVCache() { ::operator delete(owned_, std::align_val_t{alignment}); }
+  ~RaggedKVCache() { ::operator delete (owned_, std::align_val_t{alignment}); }
 
   /// Bytes that bind() needs at any alignment of the storage; 0 when the shape is invalid or the
   /// size does not fit.
@@ -84,8 +84,7 @@ class RaggedKVCache {
   /// cache stays what it was.
   [[nodiscard]] Status allocate(const RaggedShape& shape) noexcept {
     KVLEAN_RETURN_IF_ERROR(check(shape));
-    void* block =
-        ::operator new(bytes_required(shape), std::align_val_t{alignment}, std::nothrow);
+    void* block = ::operator new (bytes_required(shape), std::align_val_t{alignment}, std::nothrow);
     if (block == nullptr) return StatusCode::out_of_memory;
     adopt(static_cast<std::byte*>(block), shape, block);
     return StatusCode::ok;

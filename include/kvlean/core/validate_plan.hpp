@@ -51,7 +51,8 @@ class AnchorSearch {
                                               const CacheView& cache) noexcept {
   constexpr u32 known = needs_ragged_lengths | needs_log_mass | needs_moved_keys |
                         needs_changed_values | needs_new_positions;
-  if (plan.segments != cache.segments || (plan.needs & ~known) != 0) return StatusCode::invalid_plan;
+  if (plan.segments != cache.segments || (plan.needs & ~known) != 0)
+    return StatusCode::invalid_plan;
   if (plan.length == nullptr || plan.first == nullptr || plan.first[0] != 0) {
     return StatusCode::invalid_plan;
   }
@@ -103,8 +104,8 @@ class AnchorSearch {
         !finite(plan.self_value_weight, slot)) {
       return StatusCode::invalid_plan;
     }
-    if (plan.has_terms() && (plan.term_begin[slot] > plan.term_end[slot] ||
-                             plan.term_end[slot] > plan.num_terms)) {
+    if (plan.has_terms() &&
+        (plan.term_begin[slot] > plan.term_end[slot] || plan.term_end[slot] > plan.num_terms)) {
       return StatusCode::invalid_plan;
     }
     if ((plan.needs & needs_changed_values) == 0 && value_changes(plan, slot)) {
@@ -119,10 +120,10 @@ class AnchorSearch {
   if (plan.length[s] < cache.frozen) return StatusCode::frozen_token_changed;
   for (u32 j = 0; j < cache.frozen; ++j) {
     const u64 slot = plan.first[s] + j;
-    const bool same =
-        plan.anchor[slot] == j && !key_changes(plan, slot) && !value_changes(plan, slot) &&
-        (plan.position == nullptr || plan.position[slot] == cache.position(s, j)) &&
-        (plan.log_mass == nullptr || plan.log_mass[slot] == cache.mass_bias(s, j));
+    const bool same = plan.anchor[slot] == j && !key_changes(plan, slot) &&
+                      !value_changes(plan, slot) &&
+                      (plan.position == nullptr || plan.position[slot] == cache.position(s, j)) &&
+                      (plan.log_mass == nullptr || plan.log_mass[slot] == cache.mass_bias(s, j));
     if (!same) return StatusCode::frozen_token_changed;
   }
   return StatusCode::ok;
@@ -182,13 +183,14 @@ class AnchorSearch {
 
 }  // namespace detail
 
-/// Checks a plan against the cache it is for: every rule of CompressionPlan, that the needs bits say
-/// what the arrays do, and that frozen tokens stay as they are. Touches no row and takes no memory.
-/// needs_ragged_lengths, needs_log_mass and needs_new_positions must be set exactly when lengths
-/// differ or the array is there; needs_moved_keys and needs_changed_values may be set without need.
+/// Checks a plan against the cache it is for: every rule of CompressionPlan, that the needs bits
+/// say what the arrays do, and that frozen tokens stay as they are. Touches no row and takes no
+/// memory. needs_ragged_lengths, needs_log_mass and needs_new_positions must be set exactly when
+/// lengths differ or the array is there; needs_moved_keys and needs_changed_values may be set
+/// without need.
 ///
-/// Errors: those of check_cache; frozen_token_changed when a frozen token is dropped, moved, merged,
-/// given another position or log mass, or there are literal rows; invalid_plan otherwise.
+/// Errors: those of check_cache; frozen_token_changed when a frozen token is dropped, moved,
+/// merged, given another position or log mass, or there are literal rows; invalid_plan otherwise.
 /// O(slots + terms) when terms come in token order, O(slots + terms * log slots) at worst.
 [[nodiscard]] inline Status validate_plan(const CompressionPlan& plan,
                                           const CacheView& cache) noexcept {

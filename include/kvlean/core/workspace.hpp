@@ -71,15 +71,21 @@ class Workspace {
   }
   /// Forgets everything taken. Plans made before are dead. Keeps the largest chunk of a growing one.
   void reset() noexcept {
-    if (grows_ && chunk_ != nullptr && chunk_->previous == nullptr) {
+    if (grows_ && chunk_ != nullptr) {  // the newest chunk is the largest
+      Chunk* newest = chunk_;
+      chunk_ = newest->previous;
+      release(nullptr);
+      newest->previous = nullptr;
+      chunk_ = newest;
       next_ = begin_;
       used_ = 0;
     } else {
-      rewind({nullptr, grows_ ? nullptr : begin_, 0});
+      rewind({nullptr, begin_, 0});
     }
   }
 
-  /// Most bytes ever in use, padding included: what a fixed workspace needs for the same calls.
+  /// Most bytes ever in use, padding included: what a fixed workspace needs for the same calls in
+  /// memory aligned to `alignment`, and up to alignment - 1 more elsewhere.
   [[nodiscard]] std::size_t high_water_bytes() const noexcept { return high_water_; }
   /// The Status a stage returns when take() gave null.
   [[nodiscard]] Status exhausted() const noexcept {
@@ -98,7 +104,8 @@ class Workspace {
       std::size_t space = static_cast<std::size_t>(end_ - next_);
       if (next_ != nullptr && std::align(alignment, bytes, place, space) != nullptr) {
         std::byte* after = static_cast<std::byte*>(place) + bytes;
-        used_ += static_cast<std::size_t>(after - next_);
+        // Counted as in one aligned block, so that a change of chunk does not hide padding.
+        used_ = (used_ + alignment - 1) / alignment * alignment + bytes;
         next_ = after;
         high_water_ = std::max(high_water_, used_);
         return place;

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "kvlean/reduce/plan_slots.hpp"
@@ -79,7 +80,8 @@ inline void load_unit_key(const Rows& keys, u32 head, u32 token, float* row) noe
         }
       }
       nearest.slot(s, token) = slot;
-      nearest.cosine(s, token) = best;
+      // Rounding may leave [-1, 1], and -2 means none.
+      nearest.cosine(s, token) = best > -2.0f ? std::clamp(best, -1.0f, 1.0f) : best;
     }
   });
   return StatusCode::ok;

@@ -1,0 +1,4 @@
+// expect: Tensor
+#include <kvlean/kvlean.hpp>
+
+kvlean::KVCache<int> cache;

@@ -1,0 +1,7 @@
+// Copyright 2026 The KVLean Authors
+// SPDX-License-Identifier: Apache-2.0
+#include "tests/odr/units.hpp"
+#include "tests/odr/work.hpp"
+
+std::uint64_t second_unit() { return use_the_library(); }
+const void* second_unit_constant() { return &kvlean::max_row_width; }
