@@ -7,8 +7,7 @@
 // their attention in the usual way, whatever they call the nodes before it, and `kqv-<layer>`
 // itself is the engine's own result to compare with. Scale and logit softcap come from the same
 // nodes. The context must be opened as in engine.hpp: F32 cache, flash attention off, on the CPU.
-#ifndef KVLEAN_EXAMPLES_LLAMA_CPP_ATTENTION_TAP_HPP
-#define KVLEAN_EXAMPLES_LLAMA_CPP_ATTENTION_TAP_HPP
+#pragma once
 
 #include <ggml-backend.h>
 #include <ggml.h>
@@ -320,5 +319,3 @@ class AttentionTap {
 };
 
 }  // namespace kvlean::llama_cpp
-
-#endif  // KVLEAN_EXAMPLES_LLAMA_CPP_ATTENTION_TAP_HPP

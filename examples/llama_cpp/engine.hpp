@@ -1,7 +1,6 @@
 // The little of llama.cpp that the programs of this folder share: a quiet engine that explains a
 // failure in one line, a model on the CPU, a context that is exact, and tokens of text files.
-#ifndef KVLEAN_EXAMPLES_LLAMA_CPP_ENGINE_HPP
-#define KVLEAN_EXAMPLES_LLAMA_CPP_ENGINE_HPP
+#pragma once
 
 #include <ggml.h>
 #include <llama.h>
@@ -100,8 +99,8 @@ inline Outcome start_engine(const char* program) {
 }
 
 /// Loads a GGUF file for the CPU; weights stay in the file's own layout. Fails, in one line that
-/// begins with the path, if the file is missing, no GGUF, truncated, damaged in a way that shows, or
-/// of an architecture that this llama.cpp does not know.
+/// begins with the path, if the file is missing, no GGUF, truncated, damaged in a way that shows,
+/// or of an architecture that this llama.cpp does not know.
 inline Result<Model> load_model(const std::string& path) {
   using R = Result<Model>;
   const auto fail = [&](const std::string& why) { return R::failure(path + ": " + why); };
@@ -259,5 +258,3 @@ Outcome evaluate(llama_context* context, std::span<llama_token> tokens, std::siz
 }
 
 }  // namespace kvlean::llama_cpp
-
-#endif  // KVLEAN_EXAMPLES_LLAMA_CPP_ENGINE_HPP

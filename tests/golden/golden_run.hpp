@@ -8,7 +8,6 @@
 
 #include "kvlean/apply/apply.hpp"
 #include "kvlean/core/concepts.hpp"
-#include "kvlean/core/validate_plan.hpp"
 #include "tests/golden/golden_case.hpp"
 
 namespace kvlean::golden {
@@ -98,7 +97,7 @@ class Run {
   std::vector<float> mass_;
 };
 
-/// The SnapKV window that `window` asks for, as an observation of the layer.
+/// The whole prefill was seen; window scorers read its newest queries.
 [[nodiscard]] inline Observation observe_layer(const Layer& layer) {
   Observation seen;
   seen.reference = layer.queries();

@@ -105,7 +105,6 @@ void judge_cam_official(Case& c) {
   }
   if (receivers == 0) throw CaseFailed{"the parameter 'receivers' is zero"};
 
-  const Run run(layer.cache());
   std::vector<float> row(std::size_t{heads} * tokens, 0.0f);
   Workspace workspace;
   check(accumulate_attention(layer.cache(), layer.queries(1, true), AttentionSpec{},

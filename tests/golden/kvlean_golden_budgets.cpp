@@ -37,6 +37,29 @@ double read_share(Case& c, const std::string& key) {
   return share;
 }
 
+/// [heads] the lengths that the authors' code gives, window included: the library's authors_mix but
+/// for two things that a float safeguard cannot say. Their 1 - alpha is rounded from double, which
+/// shows where the mix is next to a half; and with as many slots as tokens before the window they
+/// still mix, and may round a token away.
+std::vector<u32> authors_lengths(Run& run, double alpha, u32 window, u32 nominal) {
+  const u32 prefix = run.view().capacity - window;
+  run.allocate(AdaKVAllocator{.safeguard = 0.0f, .mode = SafeguardMode::authors_mix},
+               nominal + window);
+  const std::vector<u32> won = run.limits();  // with safeguard 0 the mix is the global top itself
+  run.allocate(AdaKVAllocator{.safeguard = share_as_float(alpha, nominal),
+                              .mode = SafeguardMode::authors_mix},
+               nominal + window);
+  std::vector<u32> lengths = run.limits();
+  for (std::size_t head = 0; head < lengths.size() && nominal <= prefix; ++head) {
+    const float mix = static_cast<float>(won[head] - window) * static_cast<float>(1.0 - alpha) +
+                      static_cast<float>(std::floor(nominal * alpha));
+    const auto rounded = static_cast<u32>(std::nearbyint(mix));  // half to even, as torch.round
+    const bool at_half = near(static_cast<double>(mix - std::floor(mix)), 0.5);
+    if (at_half || nominal == prefix) lengths[head] = window + std::min(rounded, prefix);
+  }
+  return lengths;
+}
+
 /// [heads] how many slots a head could win or lose if scores next to the global cut changed places.
 /// `scores` is [heads][prefix], of which `nominal` a head win. Scores that tie within one head (max
 /// pooling makes many) move nothing.
@@ -153,17 +176,7 @@ void judge_adakv_official(Case& c) {
 
   Run run(layer.cache(), Protection{0, window});
   run.score(scorer, observe_layer(layer));
-  run.allocate(AdaKVAllocator{.safeguard = share_as_float(alpha, nominal),
-                              .mode = SafeguardMode::authors_mix},
-               capacity);
-  std::vector<u32> lengths = run.limits();
-  if (nominal == prefix) {
-    // Their code keeps everything only above this, and may round a token away here.
-    const float mix = static_cast<float>(nominal) * static_cast<float>(1.0 - alpha) +
-                      static_cast<float>(std::floor(nominal * alpha));
-    const u32 rounded = static_cast<u32>(std::nearbyint(mix));  // half to even, as torch.round
-    lengths.assign(heads, window + std::min(rounded, prefix));
-  }
+  const std::vector<u32> lengths = authors_lengths(run, alpha, window, nominal);
 
   std::vector<float> scores(std::size_t{heads} * prefix);
   for (u32 head = 0; head < heads; ++head) {
@@ -197,10 +210,17 @@ void judge_pyramidkv(Case& c) {
   }
   const Array& budget = c.output("budget", {layers});
   const double kept = tokens * (1.0 - ratio);
-  std::vector<u32> slots(layers);
+  std::vector<double> slots(layers);
   for (u32 layer = 0; layer < layers; ++layer) {
-    slots[layer] =
-        kvpress_pyramid_slots(kept, tokens, window, static_cast<u32>(beta), layer, layers);
+    const auto slots_at = [&](double factor) {
+      return kvpress_pyramid_slots(kept * factor, tokens, window, static_cast<u32>(beta), layer,
+                                   layers);
+    };
+    slots[layer] = slots_at(1.0);
+    // The order of operations decides where an exact half goes: either neighbour will do.
+    for (const double factor : {1.0 - 1e-12, 1.0 + 1e-12}) {
+      if (slots_at(factor) == budget.values[layer]) slots[layer] = budget.values[layer];
+    }
   }
   c.judge("budget", compare(budget, slots, 0.0));
 }

@@ -335,15 +335,15 @@ void judge_massfold(Case& c) {
     bool fails = false;
     for (u32 j = 0; j < slots; ++j) {
       const u32 anchor = run.plan.anchor[run.plan.first[head] + j];
-      if (row[j] == anchor) continue;
-      differs = true;
       const bool token = row[j] >= 0.0 && row[j] < layer.tokens && row[j] == std::floor(row[j]) &&
                          (j == 0 || row[j] > row[j - 1]);
+      if (token && row[j] == anchor) continue;
+      differs = true;
       const auto stored = static_cast<u32>(token ? row[j] : 0.0);
       if (!token || (ours[std::size_t{head} * layer.tokens + stored] == 0 &&
                      !cut.may_cross(static_cast<double>(run.mass(head, stored)), false))) {
         fails = true;
-        comparison.add(distance(row[j], anchor), 0.0, place(head, j));
+        comparison.add(std::max(distance(row[j], anchor), 1.0), 0.0, place(head, j));
       }
     }
     if (!differs || fails) continue;

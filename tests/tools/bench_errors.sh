@@ -60,7 +60,7 @@ check() {
 
 head -c 5000 /dev/urandom >garbage.safetensors
 : >empty.safetensors
-small=(--toy --layers 0 --policy full,snapkv --budget 0.5 --quiet)
+small=(--toy --layers 0 --policy "full,snapkv" --budget 0.5 --quiet)
 
 expect "nothing to run on" "give --input CAPTURE or --toy" --budget 0.5
 expect "unknown option" "nonsense" --toy --nonsense
