@@ -51,16 +51,12 @@ struct AdaKVAllocator {
     Workspace& workspace = context.workspace;
     WorkspaceScope scope(workspace);
     allocation::Group group;
-    KVLEAN_RETURN_IF_ERROR(allocation::gather(layers, context, group));
-    auto* entrants = workspace.take<allocation::Entrant>(group.count);
-    if (entrants == nullptr) return workspace.exhausted();
+    allocation::Entrant* entrants = nullptr;
+    KVLEAN_RETURN_IF_ERROR(allocation::enter_layers(
+        layers, context, HeadWeights{head_weight, head_weight_stride}, group, entrants));
     u32 first = 0;
-    u32 place = context.layer;
     for (const LayerLimits& layer : layers) {
       const u32 segments = layer.cache->segments;
-      KVLEAN_RETURN_IF_ERROR(allocation::enter(
-          layer.scores, *layer.cache, context.options.protection,
-          HeadWeights{head_weight, head_weight_stride}, place++, entrants + first));
       KVLEAN_RETURN_IF_ERROR(
           share_layer(group.slice(first, segments), entrants + first, workspace));
       first += segments;

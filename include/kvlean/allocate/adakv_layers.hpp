@@ -28,17 +28,9 @@ struct AdaKVLayersAllocator {
     Workspace& workspace = context.workspace;
     WorkspaceScope scope(workspace);
     allocation::Group group;
-    KVLEAN_RETURN_IF_ERROR(allocation::gather(layers, context, group));
-    auto* entrants = workspace.take<allocation::Entrant>(group.count);
-    if (entrants == nullptr) return workspace.exhausted();
-    u32 first = 0;
-    u32 place = context.layer;
-    for (const LayerLimits& layer : layers) {
-      KVLEAN_RETURN_IF_ERROR(allocation::enter(
-          layer.scores, *layer.cache, context.options.protection,
-          HeadWeights{head_weight, head_weight_stride}, place++, entrants + first));
-      first += layer.cache->segments;
-    }
+    allocation::Entrant* entrants = nullptr;
+    KVLEAN_RETURN_IF_ERROR(allocation::enter_layers(
+        layers, context, HeadWeights{head_weight, head_weight_stride}, group, entrants));
     KVLEAN_RETURN_IF_ERROR(allocation::raise_to_floors(group, workspace));
     KVLEAN_RETURN_IF_ERROR(allocation::hard_floor(group, entrants, safeguard, workspace));
     allocation::scatter(group, layers);

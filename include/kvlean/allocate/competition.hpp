@@ -112,6 +112,25 @@ struct Entrant {
   return StatusCode::ok;
 }
 
+/// Flattens the layers into one group and enters every segment's scores, [group.count] entrants
+/// taken from the workspace. Errors: those of gather() and enter(), workspace_too_small,
+/// out_of_memory.
+[[nodiscard]] inline Status enter_layers(std::span<const LayerLimits> layers, Context& context,
+                                         const HeadWeights& weights, Group& group,
+                                         Entrant*& entrants) noexcept {
+  KVLEAN_RETURN_IF_ERROR(gather(layers, context, group));
+  entrants = context.workspace.take<Entrant>(group.count);
+  if (entrants == nullptr) return context.workspace.exhausted();
+  u32 first = 0;
+  u32 place = context.layer;
+  for (const LayerLimits& layer : layers) {
+    KVLEAN_RETURN_IF_ERROR(enter(layer.scores, *layer.cache, context.options.protection, weights,
+                                 place++, entrants + first));
+    first += layer.cache->segments;
+  }
+  return StatusCode::ok;
+}
+
 /// The global top-`slots` over all entrants' competing candidates: won[s] of them are segment s's.
 /// Order: score descending, then entrant, NaN last; which tokens of a segment win is decided by the
 /// same order when tokens are selected, so counts need no token index. `slots` is at most the

@@ -13,8 +13,8 @@
 
 KVLEAN_NAMESPACE_BEGIN
 
-/// What every stage may use: scratch, the caller's threads, protection, the random counters, and its
-/// place in the model.
+/// What every stage may use: scratch, the caller's threads, protection, the random counters, and
+/// its place in the model.
 struct Context {
   Workspace& workspace;
   const PlanOptions& options;
@@ -26,29 +26,32 @@ struct Context {
 struct LayerLimits {
   const Scores* scores = nullptr;
   const CacheView* cache = nullptr;
-  u32* limit = nullptr;         ///< [segments], in: nominal slots of each segment; out: its limit
-  const u32* floor = nullptr;   ///< [segments] slots that must be granted (protected and frozen)
+  u32* limit = nullptr;        ///< [segments], in: nominal slots of each segment; out: its limit
+  const u32* floor = nullptr;  ///< [segments] slots that must be granted (protected and frozen)
 };
 
 /// Fills scores.rank, and scores.mass with has_mass where the score is attention received.
 template <class S>
 concept Scorer = requires(const S& scorer, const CacheView& cache, const Observation& seen,
                           Context& context, Scores& scores) {
-  { scorer.score(cache, seen, context, scores) } noexcept -> std::same_as<Status>;
+  { scorer.score(cache, seen, context, scores) }
+  noexcept->std::same_as<Status>;
 };
 
 /// Distributes the slots of a group of segments: reads the nominal limits, writes the final ones.
 /// The sum never grows; no limit falls below its floor or exceeds its length.
 template <class A>
 concept Allocator = requires(const A& allocator, std::span<LayerLimits> layers, Context& context) {
-  { allocator.allocate(layers, context) } noexcept -> std::same_as<Status>;
+  { allocator.allocate(layers, context) }
+  noexcept->std::same_as<Status>;
 };
 
 /// Writes one layer's plan into the workspace: at most limit[s] slots for segment s.
 template <class R>
 concept Reducer = requires(const R& reducer, const CacheView& cache, const Scores& scores,
                            const u32* limit, Context& context, CompressionPlan& plan) {
-  { reducer.reduce(cache, scores, limit, context, plan) } noexcept -> std::same_as<Status>;
+  { reducer.reduce(cache, scores, limit, context, plan) }
+  noexcept->std::same_as<Status>;
 };
 
 KVLEAN_NAMESPACE_END

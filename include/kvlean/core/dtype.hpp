@@ -19,16 +19,20 @@ enum class DType : u8 { f32, f16, bf16 };
 
 [[nodiscard]] constexpr const char* name(DType dtype) noexcept {
   switch (dtype) {
-    case DType::f32: return "f32";
-    case DType::f16: return "f16";
-    case DType::bf16: return "bf16";
+    case DType::f32:
+      return "f32";
+    case DType::f16:
+      return "f16";
+    case DType::bf16:
+      return "bf16";
   }
   return "unknown";
 }
 
 namespace detail {
 
-// IEEE binary32 -> binary16, round to nearest even, subnormals kept, overflow to infinity, NaN quiet.
+// IEEE binary32 -> binary16, round to nearest even, subnormals kept, overflow to infinity, NaN
+// quiet.
 [[nodiscard]] constexpr u16 f32_to_f16_bits(float value) noexcept {
   const u32 bits = std::bit_cast<u32>(value);
   const u32 sign = (bits >> 16) & 0x8000u;
@@ -37,7 +41,7 @@ namespace detail {
     return static_cast<u16>(sign | 0x7e00u | ((magnitude >> 13) & 0x1ffu));
   }
   if (magnitude >= 0x47800000u) return static_cast<u16>(sign | 0x7c00u);  // >= 65536, infinity too
-  if (magnitude < 0x38800000u) {                                         // below 2^-14: subnormal
+  if (magnitude < 0x38800000u) {                                          // below 2^-14: subnormal
     // 2^-1 as binary32 has its last mantissa bit at 2^-24, the smallest binary16 subnormal, so the
     // addition rounds to nearest even exactly where it should.
     const float shifted = std::bit_cast<float>(magnitude) + 0.5f;
@@ -98,7 +102,7 @@ template <class T>
 concept StorageType = std::is_same_v<T, float> || std::is_same_v<T, f16> || std::is_same_v<T, bf16>;
 
 template <StorageType T>
-inline constexpr DType dtype_of = std::is_same_v<T, float>  ? DType::f32
+inline constexpr DType dtype_of = std::is_same_v<T, float> ? DType::f32
                                   : std::is_same_v<T, f16> ? DType::f16
                                                            : DType::bf16;
 

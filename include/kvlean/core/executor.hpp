@@ -9,8 +9,9 @@
 KVLEAN_NAMESPACE_BEGIN
 
 /// How work is spread. The library starts no thread: `run` must call task(arg, worker, index) once
-/// for every index below `tasks`, with worker < workers, and return when all are done. Work is split
-/// by shape (one task a segment), never by workers, so results are the same bits at any count.
+/// for every index below `tasks`, with worker < workers, and return when all are done. Work is
+/// split by shape (one task a segment), never by workers, so results are the same bits at any
+/// count.
 struct Executor {
   void* self = nullptr;
   u32 workers = 1;

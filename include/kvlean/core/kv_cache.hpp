@@ -24,14 +24,14 @@ struct SegmentId {
 struct CacheView {
   Rows keys;
   Rows values;
-  u32 segments = 0;            ///< KV heads
-  u32 capacity = 0;            ///< tokens each segment can hold at most
-  u32 uniform_length = 0;      ///< valid tokens of every segment when `lengths` is null
-  u32* lengths = nullptr;      ///< [segments] valid tokens each, or null
-  u32 frozen = 0;              ///< leading tokens that are never written, moved or merged into
-  Ragged<i32> positions;       ///< ascending within a segment; null: the index is the position
-  Ragged<float> log_mass;      ///< logit bias of each slot; null: all zero
-  i32 next_position = 0;       ///< position of the next token, not the length
+  u32 segments = 0;        ///< KV heads
+  u32 capacity = 0;        ///< tokens each segment can hold at most
+  u32 uniform_length = 0;  ///< valid tokens of every segment when `lengths` is null
+  u32* lengths = nullptr;  ///< [segments] valid tokens each, or null
+  u32 frozen = 0;          ///< leading tokens that are never written, moved or merged into
+  Ragged<i32> positions;   ///< ascending within a segment; null: the index is the position
+  Ragged<float> log_mass;  ///< logit bias of each slot; null: all zero
+  i32 next_position = 0;   ///< position of the next token, not the length
   RopePairing rope_pairing = RopePairing::none;
   SegmentId origin;
 
@@ -58,9 +58,9 @@ struct CacheView {
   }
 };
 
-/// A non-owning view over one layer's K and V, [kv_head][token][dim]. Keys and values have their own
-/// layout, type and width. Nothing is copied; the memory must outlive the view. The setters name
-/// optional caller-owned arrays; `apply(plan, cache, in_place)` updates them and the length.
+/// A non-owning view over one layer's K and V, [kv_head][token][dim]. Keys and values have their
+/// own layout, type and width. Nothing is copied; the memory must outlive the view. The setters
+/// name optional caller-owned arrays; `apply(plan, cache, in_place)` updates them and the length.
 template <Tensor K, Tensor V = K>
 class KVCache {
  public:
@@ -136,7 +136,8 @@ class KVCache {
 /// Anything with segments: KVCache, RaggedKVCache, or a CacheView itself.
 template <class C>
 concept Cache = std::same_as<C, CacheView> || requires(const C& cache) {
-  { cache.view() } noexcept -> std::same_as<CacheView>;
+  { cache.view() }
+  noexcept->std::same_as<CacheView>;
 };
 
 template <Cache C>

@@ -9,11 +9,11 @@ KVLEAN_NAMESPACE_BEGIN
 /// What a plan asks of the place it is carried out in, as bits.
 enum PlanNeeds : u32 {
   needs_nothing = 0,
-  needs_ragged_lengths = 1u << 0,   ///< heads end with different lengths
-  needs_log_mass = 1u << 1,         ///< slots carry a logit bias
-  needs_moved_keys = 1u << 2,       ///< key rows are rewritten, not just selected
-  needs_changed_values = 1u << 3,   ///< value rows are rewritten
-  needs_new_positions = 1u << 4,    ///< slots get positions of their own
+  needs_ragged_lengths = 1u << 0,  ///< heads end with different lengths
+  needs_log_mass = 1u << 1,        ///< slots carry a logit bias
+  needs_moved_keys = 1u << 2,      ///< key rows are rewritten, not just selected
+  needs_changed_values = 1u << 3,  ///< value rows are rewritten
+  needs_new_positions = 1u << 4,   ///< slots get positions of their own
 };
 
 /// What to do to one layer, as data. Pointers lead into the workspace it was planned in; the struct
@@ -28,29 +28,29 @@ enum PlanNeeds : u32 {
 ///           without it: K[anchor] unchanged
 /// where a null self_weight means 1, a null self_value_weight means self_weight, and a null
 /// term_value_weight means term_weight. A slot without terms has weight 1 on its anchor unless
-/// self_weight says otherwise. A token is an anchor or a term, never both. Terms may lie anywhere in
-/// the same segment. Literal rows (fitted keys or values), when present, replace the blend: row j of
-/// head s of `literal_keys` / `literal_values` is slot j's key / value.
+/// self_weight says otherwise. A token is an anchor or a term, never both. Terms may lie anywhere
+/// in the same segment. Literal rows (fitted keys or values), when present, replace the blend: row
+/// j of head s of `literal_keys` / `literal_values` is slot j's key / value.
 struct CompressionPlan {
   u32 segments = 0;
-  u32 needs = needs_nothing;        ///< PlanNeeds bits
-  u32* length = nullptr;            ///< [segments] slots of each segment
-  u64* first = nullptr;             ///< [segments + 1] slot offsets; first[segments] = slots in all
-  u32* anchor = nullptr;            ///< [slots]
-  float* log_mass = nullptr;        ///< [slots] or null: anchors keep theirs
-  i32* position = nullptr;          ///< [slots] or null: anchors keep theirs
-  float* self_weight = nullptr;     ///< [slots] or null
+  u32 needs = needs_nothing;     ///< PlanNeeds bits
+  u32* length = nullptr;         ///< [segments] slots of each segment
+  u64* first = nullptr;          ///< [segments + 1] slot offsets; first[segments] = slots in all
+  u32* anchor = nullptr;         ///< [slots]
+  float* log_mass = nullptr;     ///< [slots] or null: anchors keep theirs
+  i32* position = nullptr;       ///< [slots] or null: anchors keep theirs
+  float* self_weight = nullptr;  ///< [slots] or null
   float* self_value_weight = nullptr;  ///< [slots] or null
-  u64* term_begin = nullptr;        ///< [slots] or null: no terms
-  u64* term_end = nullptr;          ///< [slots]
+  u64* term_begin = nullptr;           ///< [slots] or null: no terms
+  u64* term_end = nullptr;             ///< [slots]
   u64 num_terms = 0;
-  u32* term_token = nullptr;        ///< [num_terms] token within the slot's segment
-  float* term_weight = nullptr;     ///< [num_terms]
+  u32* term_token = nullptr;           ///< [num_terms] token within the slot's segment
+  float* term_weight = nullptr;        ///< [num_terms]
   float* term_value_weight = nullptr;  ///< [num_terms] or null
-  Rows literal_keys = {};           ///< heads = segments; data and load null: absent
+  Rows literal_keys = {};              ///< heads = segments; data and load null: absent
   Rows literal_values = {};
-  u32 page_tokens = 0;              ///< > 0: anchors are whole pages of this many tokens
-  u32* slots_evicted = nullptr;     ///< [segments] or null: slots dropped after all merges were used
+  u32 page_tokens = 0;           ///< > 0: anchors are whole pages of this many tokens
+  u32* slots_evicted = nullptr;  ///< [segments] or null: slots dropped after all merges were used
 
   [[nodiscard]] u64 num_slots() const noexcept { return segments == 0 ? 0 : first[segments]; }
   [[nodiscard]] bool has_terms() const noexcept { return term_begin != nullptr; }

@@ -28,9 +28,7 @@ struct Ragged {
   [[nodiscard]] constexpr T& operator()(u32 s, u32 token) const noexcept {
     return segment(s)[token];
   }
-  [[nodiscard]] constexpr operator Ragged<const T>() const noexcept
-    requires(!std::is_const_v<T>)
-  {
+  [[nodiscard]] constexpr operator Ragged<const T>() const noexcept requires(!std::is_const_v<T>) {
     Ragged<const T> view;
     view.data = data;
     view.first = first;

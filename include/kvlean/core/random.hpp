@@ -6,8 +6,9 @@
 
 KVLEAN_NAMESPACE_BEGIN
 
-/// Counter-based uniform draw in [0, 1): a pure function of its arguments, so the same token gets the
-/// same draw on any backend, thread count and order. SplitMix64 finaliser chained over the counters.
+/// Counter-based uniform draw in [0, 1): a pure function of its arguments, so the same token gets
+/// the same draw on any backend, thread count and order. SplitMix64 finaliser chained over the
+/// counters.
 [[nodiscard]] constexpr float draw(u64 seed, u32 layer, u32 head, i32 position,
                                    u32 step = 0) noexcept {
   const auto mix = [](u64 z) constexpr noexcept {

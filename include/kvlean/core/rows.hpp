@@ -10,15 +10,17 @@
 
 KVLEAN_NAMESPACE_BEGIN
 
-/// One run-time-typed description of rows [head][token][dim] in somebody's memory: all that a kernel
-/// takes, so kernels are never instantiated per layout. Strides count elements and may be negative;
-/// the address of element (head, token, dim) is found by the first rule that applies:
+/// One run-time-typed description of rows [head][token][dim] in somebody's memory: all that a
+/// kernel takes, so kernels are never instantiated per layout. Strides count elements and may be
+/// negative; the address of element (head, token, dim) is found by the first rule that applies:
 ///
 ///   load/store set  the accessor is called (tiles, blocks with scales)
 ///   order set       token := order[head * order_stride + token], then on
 ///   page_table set  page  := page_table[head * page_table_stride + token / page_tokens]
-///                   data + page * page_stride + head * head_stride + (token % page_tokens) * token_stride
-///   otherwise       data + head * head_stride + (first[head] + token) * token_stride   (first: 0 if null)
+///                   data + page * page_stride + head * head_stride + (token % page_tokens) *
+///                   token_stride
+///   otherwise       data + head * head_stride + (first[head] + token) * token_stride   (first: 0
+///   if null)
 struct Rows {
   void* data = nullptr;
   DType dtype = DType::f32;
@@ -50,8 +52,8 @@ struct Rows {
   }
   if (rows.page_table != nullptr) {
     const u32 entry = token / rows.page_tokens;
-    const i64 page = rows.page_table[static_cast<i64>(head) * rows.page_table_stride +
-                                     static_cast<i64>(entry)];
+    const i64 page =
+        rows.page_table[static_cast<i64>(head) * rows.page_table_stride + static_cast<i64>(entry)];
     offset += page * rows.page_stride +
               static_cast<i64>(token - entry * rows.page_tokens) * rows.token_stride;
   } else {

@@ -171,8 +171,8 @@ template <class Element>
                         page_table_head_stride);
 }
 
-/// Valid tokens of a page table whose last page is partly filled, as paged engines state it: pass it
-/// to KVCache::set_length. 0 pages hold nothing.
+/// Valid tokens of a page table whose last page is partly filled, as paged engines state it: pass
+/// it to KVCache::set_length. 0 pages hold nothing.
 [[nodiscard]] constexpr std::size_t paged_length(std::size_t pages, std::size_t page_tokens,
                                                  std::size_t last_page_tokens) noexcept {
   return pages == 0 ? 0 : (pages - 1) * page_tokens + last_page_tokens;

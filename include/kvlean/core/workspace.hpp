@@ -14,9 +14,10 @@
 KVLEAN_NAMESPACE_BEGIN
 
 /// A bump arena for plans and scratch. Over caller memory it never allocates: when the memory is
-/// used up, take() returns null and the stage returns workspace_too_small. A default-constructed one
-/// grows by itself (nothrow new), for tools, tests and first steps. Plans point into it: they live
-/// until reset() or the end of the workspace. Not thread-safe; parallel stages take before they fork.
+/// used up, take() returns null and the stage returns workspace_too_small. A default-constructed
+/// one grows by itself (nothrow new), for tools, tests and first steps. Plans point into it: they
+/// live until reset() or the end of the workspace. Not thread-safe; parallel stages take before
+/// they fork.
 class Workspace {
  public:
   /// Grows on demand.
@@ -69,7 +70,8 @@ class Workspace {
     next_ = mark.next;
     used_ = mark.used;
   }
-  /// Forgets everything taken. Plans made before are dead. Keeps the largest chunk of a growing one.
+  /// Forgets everything taken. Plans made before are dead. Keeps the largest chunk of a growing
+  /// one.
   void reset() noexcept {
     if (grows_ && chunk_ != nullptr) {  // the newest chunk is the largest
       Chunk* newest = chunk_;
@@ -117,7 +119,7 @@ class Workspace {
   bool grow(std::size_t bytes) noexcept {
     const std::size_t previous = chunk_ != nullptr ? chunk_->bytes : std::size_t{1} << 15;
     const std::size_t size = std::max(bytes + alignment, previous * 2);
-    void* raw = ::operator new(sizeof(Chunk) + size, std::align_val_t{64}, std::nothrow);
+    void* raw = ::operator new (sizeof(Chunk) + size, std::align_val_t{64}, std::nothrow);
     if (raw == nullptr) return false;
     chunk_ = new (raw) Chunk{chunk_, size};
     begin_ = next_ = reinterpret_cast<std::byte*>(chunk_ + 1);
@@ -127,7 +129,7 @@ class Workspace {
   void release(Chunk* keep) noexcept {
     while (chunk_ != nullptr && chunk_ != keep) {
       Chunk* previous = chunk_->previous;
-      ::operator delete(chunk_, std::align_val_t{64});
+      ::operator delete (chunk_, std::align_val_t{64});
       chunk_ = previous;
     }
   }

@@ -12,9 +12,9 @@ KVLEAN_NAMESPACE_BEGIN
 /// How the layer computes attention. Scoring, attending and the error measures all read it.
 /// logit = softcap(scale * q.k) + log_mass, where softcap(x) = cap * tanh(x / cap) when cap > 0.
 struct AttentionSpec {
-  float scale = 0.0f;          ///< 0: 1 / sqrt(key width)
-  float softcap = 0.0f;        ///< 0: none
-  u32 sliding_window = 0;      ///< a query sees positions > its own - window; 0: all
+  float scale = 0.0f;                  ///< 0: 1 / sqrt(key width)
+  float softcap = 0.0f;                ///< 0: none
+  u32 sliding_window = 0;              ///< a query sees positions > its own - window; 0: all
   const float* sink_logits = nullptr;  ///< [num_query_heads] one more logit in the denominator
 
   [[nodiscard]] float scale_for(u32 key_width) const noexcept {
@@ -31,13 +31,13 @@ enum class Mask : u8 {
 /// Query rows [num_query_heads][count][dim], after RoPE. The group size is num_query_heads divided
 /// by the cache's KV heads: query head h reads KV head h / group_size.
 struct Queries {
-  Rows rows;                       ///< heads = query heads
-  u32 first_row = 0;               ///< query i is row first_row + i
+  Rows rows;          ///< heads = query heads
+  u32 first_row = 0;  ///< query i is row first_row + i
   u32 count = 0;
   const i32* positions = nullptr;  ///< [count], ascending; null: first_position + i
   i32 first_position = -1;         ///< negative: the queries are the newest `count` tokens
   Mask mask = Mask::causal;
-  const float* lse = nullptr;      ///< [query_heads][count] log-sum-exp the engine already has
+  const float* lse = nullptr;  ///< [query_heads][count] log-sum-exp the engine already has
 
   [[nodiscard]] explicit operator bool() const noexcept { return count != 0; }
   /// Position of query i over a cache whose next position is `next_position`.
@@ -55,12 +55,12 @@ enum class GroupReduction : u8 { mean, max, sum };
 /// What was seen of one layer. Give what the policy needs; the rest stays empty.
 struct Observation {
   AttentionSpec attention = {};
-  Queries window = {};               ///< the last queries (SnapKV, TOVA)
-  Queries reference = {};            ///< queries to accumulate over: all of a prefill (H2O)
-  Ragged<const float> mass = {};     ///< [kv_head][token] attention received so far, ready-made
-  Ragged<const float> external = {}; ///< [kv_head][token] scores computed elsewhere
-  Rows output_projection = {};       ///< [query_head][dim][hidden]: W_O of each query head, or empty
-  u32 observers = 0;                 ///< queries that `mass` was summed over; 0: unknown
+  Queries window = {};                ///< the last queries (SnapKV, TOVA)
+  Queries reference = {};             ///< queries to accumulate over: all of a prefill (H2O)
+  Ragged<const float> mass = {};      ///< [kv_head][token] attention received so far, ready-made
+  Ragged<const float> external = {};  ///< [kv_head][token] scores computed elsewhere
+  Rows output_projection = {};  ///< [query_head][dim][hidden]: W_O of each query head, or empty
+  u32 observers = 0;            ///< queries that `mass` was summed over; 0: unknown
 };
 
 /// Reads query i of a query head as float. O(width).
@@ -78,7 +78,8 @@ template <Tensor Q>
   return result;
 }
 
-/// The last queries of the prompt were seen: all that SnapKV and TOVA need. Nothing is computed yet.
+/// The last queries of the prompt were seen: all that SnapKV and TOVA need. Nothing is computed
+/// yet.
 template <Tensor Q>
 [[nodiscard]] Observation observe_window(const Q& tensor, AttentionSpec attention = {}) noexcept {
   Observation seen;
@@ -87,8 +88,8 @@ template <Tensor Q>
   return seen;
 }
 
-/// All queries of a prefill were seen: accumulated attention (H2O) will be summed over them, and the
-/// last `window` of them serve window scorers.
+/// All queries of a prefill were seen: accumulated attention (H2O) will be summed over them, and
+/// the last `window` of them serve window scorers.
 template <Tensor Q>
 [[nodiscard]] Observation observe_prefill(const Q& tensor, std::size_t window = 32,
                                           AttentionSpec attention = {}) noexcept {
@@ -102,7 +103,8 @@ template <Tensor Q>
 }
 
 /// The engine already has the attention mass each token received, [kv_head][token].
-[[nodiscard]] inline Observation observe_mass(Ragged<const float> mass, u32 observers = 0) noexcept {
+[[nodiscard]] inline Observation observe_mass(Ragged<const float> mass,
+                                              u32 observers = 0) noexcept {
   Observation seen;
   seen.mass = mass;
   seen.observers = observers;
