@@ -317,7 +317,7 @@ void judge_massfold(Case& c) {
   Run run(layer.cache());
   score_by(mass, layer, run);
   run.set_limits(slots);
-  run.reduce(MassFoldReducer{});
+  run.reduce(MassFoldReducer{.per_observer = false});
 
   // Where the stored result keeps another token of nearly the same score, fold onto its tokens.
   const std::vector<u8> ours = run.kept();
@@ -352,7 +352,7 @@ void judge_massfold(Case& c) {
     for (const double token : row) run.rank(head, static_cast<u32>(token)) = 1.0f;
   }
   c.judge("kept", comparison.verdict());
-  if (follows) run.reduce(MassFoldReducer{});
+  if (follows) run.reduce(MassFoldReducer{.per_observer = false});
 
   const RaggedKVCache folded = run.apply_plan();
   const CacheView view = folded.view();

@@ -248,6 +248,39 @@ TEST_CASE("Mass fold: weights, values and log mass by attention mass") {
   CHECK(bad.status == StatusCode::invalid_option);
 }
 
+TEST_CASE("Mass fold compares what a query paid on average, not how many queries there were") {
+  // Tokens 0 and 3 stay. Token 2 was seen by two of four queries, token 3 by one.
+  AngleCache cache(1, {0, 10, 80, 90}, {1, 5, 7, 2});
+  const CacheView view = cache.view();
+  const u32 lengths[1] = {4};
+  const u64 first[2] = {0, 4};
+  float mass[4] = {4, 1, 1, 2};
+  Scores scores;
+  scores.segments = 1;
+  scores.lengths = lengths;
+  scores.rank = Ragged<float>(mass, first);
+  scores.mass = scores.rank;
+  scores.has_mass = true;
+  scores.observers = 4;
+  CHECK(scores.mass_per_observer(view, 0, 0) == 1.0f);
+  CHECK(scores.mass_per_observer(view, 0, 2) == 0.5f);
+  scores.observers = 2;  // a window of the last two
+  CHECK(scores.mass_per_observer(view, 0, 0) == 2.0f);
+  CHECK(scores.mass_per_observer(view, 0, 3) == 2.0f);
+  scores.observers = 4;
+  const u32 limit[1] = {2};
+  const PlanOptions options = unprotected();
+  Workspace workspace;
+  Context context{workspace, options};
+  CompressionPlan plan;
+  REQUIRE(MassFoldReducer{}.reduce(view, scores, limit, context, plan));
+  // 1 into 0: (1/3) / (4/4); 2 into 3: (1/2) / (2/1).
+  CHECK(plan.log_mass[0] == Approx(std::log(4.0 / 3.0)));
+  CHECK(plan.log_mass[1] == Approx(std::log(1.25)));
+  REQUIRE(MassFoldReducer{.per_observer = false}.reduce(view, scores, limit, context, plan));
+  CHECK(plan.log_mass[1] == Approx(std::log(1.5)));
+}
+
 TEST_CASE("Mass fold bounds the weight of tokens that nobody looked at") {
   AngleCache cache(1, {0, 10, 80}, {1, 5, 7});
   std::vector<float> mass{0, 1, 9};

@@ -113,6 +113,8 @@ inline constexpr NamedStage<AnyReducer> reducer_names[] = {
      D2OReducer{}},
     {"massfold", "values into the most similar kept key by attention mass, with log mass",
      MassFoldReducer{}},
+    {"massfold_sums", "the same with plain attention sums, whatever the number of observers",
+     MassFoldReducer{.per_observer = false}},
 };
 
 /// A paper's policy by one name: the three stages it is composed of.

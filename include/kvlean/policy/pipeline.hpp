@@ -6,7 +6,7 @@
 #include <span>
 
 #include "kvlean/core/concepts.hpp"
-#include "kvlean/observe/attention_mass.hpp"
+#include "kvlean/score/observed_mass.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -105,17 +105,8 @@ inline Status score_layer(const PolicyStages& stages, const CacheView& cache,
   if (!scores.rank || !scores.mass) return workspace.exhausted();
   KVLEAN_RETURN_IF_ERROR(stages.score(stages.scorer, cache, seen, context, scores));
   if (!stages.wants_mass || scores.has_mass) return StatusCode::ok;
-  if (seen.mass) {
-    for (u32 s = 0; s < cache.segments; ++s) {
-      std::copy_n(seen.mass.segment(s), lengths[s], scores.mass.segment(s));
-    }
-    scores.has_mass = true;
-  } else if (seen.reference) {
-    std::fill_n(scores.mass.data, first[cache.segments], 0.0f);
-    KVLEAN_RETURN_IF_ERROR(accumulate_attention(cache, seen.reference, seen.attention,
-                                                GroupReduction::mean, workspace,
-                                                context.options.executor, scores.mass));
-    scores.has_mass = true;
+  if (seen.mass || seen.reference) {
+    return observe_mass_into(cache, seen, GroupReduction::mean, context, scores);
   }
   return StatusCode::ok;
 }

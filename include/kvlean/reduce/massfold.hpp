@@ -18,7 +18,11 @@ KVLEAN_NAMESPACE_BEGIN
 struct MassFoldReducer {
   float min_cosine = -1.0f;  ///< dropped tokens less similar than this are evicted without a fold
   bool log_mass = true;      ///< off: values are blended but no bias is stored, for any kernel
-  float max_ratio = 1e6f;    ///< bound on w_e, for kept tokens that received (almost) no attention
+  /// Compare mean attention per query that could see the token, where the scorer knows their
+  /// number: plain sums make recent tokens, seen by few, stand for far too much. Off: sums as they
+  /// are.
+  bool per_observer = true;
+  float max_ratio = 1e6f;  ///< bound on w_e, for kept tokens that received (almost) no attention
 
   static constexpr bool wants_mass = true;
 
@@ -64,8 +68,11 @@ struct MassFoldReducer {
                    u32 receiver) const noexcept {
     float ratio;
     if (scores.has_mass) {
-      const float own = scores.mass(s, receiver);
-      const float other = scores.mass(s, dropped);
+      const auto mass = [&](u32 token) noexcept {
+        return per_observer ? scores.mass_per_observer(cache, s, token) : scores.mass(s, token);
+      };
+      const float own = mass(receiver);
+      const float other = mass(dropped);
       ratio = other == 0.0f ? 0.0f : other / own;
     } else {
       ratio = std::exp(cache.mass_bias(s, dropped) - cache.mass_bias(s, receiver));

@@ -4,33 +4,9 @@
 
 #include <algorithm>
 
-#include "kvlean/observe/attention_mass.hpp"
-#include "kvlean/score/preconditions.hpp"
+#include "kvlean/score/observed_mass.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
-
-namespace detail {
-
-/// scores.mass becomes the attention received: seen.mass where given, else the sum over the
-/// reference queries.
-[[nodiscard]] inline Status observe_mass_into(const CacheView& cache, const Observation& seen,
-                                              GroupReduction group, Context& context,
-                                              Scores& scores) noexcept {
-  if (seen.mass) {
-    for (u32 s = 0; s < cache.segments; ++s) {
-      std::copy_n(seen.mass.segment(s), cache.length(s), scores.mass.segment(s));
-    }
-    return StatusCode::ok;
-  }
-  KVLEAN_RETURN_IF_ERROR(check_queries(seen.reference, cache));
-  for (u32 s = 0; s < cache.segments; ++s) {
-    std::fill_n(scores.mass.segment(s), cache.length(s), 0.0f);
-  }
-  return accumulate_attention(cache, seen.reference, seen.attention, group, context.workspace,
-                              context.options.executor, scores.mass);
-}
-
-}  // namespace detail
 
 /// Heavy hitters (H2O, arXiv 2306.14048, section 4): a token's score is the attention it received
 /// from all queries so far, summed and not normalised by their number. It reads seen.mass if the
@@ -48,7 +24,6 @@ struct H2OScorer {
     for (u32 s = 0; s < cache.segments; ++s) {
       std::copy_n(scores.mass.segment(s), cache.length(s), scores.rank.segment(s));
     }
-    scores.has_mass = true;
     return StatusCode::ok;
   }
 };

@@ -4,7 +4,7 @@
 
 #include <algorithm>
 
-#include "kvlean/score/h2o.hpp"
+#include "kvlean/score/observed_mass.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -42,7 +42,6 @@ struct ObservedAttentionScorer {
         rank[t] = observers > 0 ? mass[t] / static_cast<float>(observers) : mass[t];
       }
     }
-    scores.has_mass = true;
     return StatusCode::ok;
   }
 

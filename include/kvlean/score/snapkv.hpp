@@ -58,6 +58,7 @@ struct SnapKVScorer {
     });
     if (pin_window) pin(cache, read, scores);
     scores.has_mass = true;
+    scores.observers = queries.mask == Mask::causal ? read : 0;
     return StatusCode::ok;
   }
 
