@@ -261,13 +261,12 @@ TEST_CASE("Mass fold compares what a query paid on average, not how many queries
   scores.rank = Ragged<float>(mass, first);
   scores.mass = scores.rank;
   scores.has_mass = true;
-  scores.observers = 4;
-  CHECK(scores.mass_per_observer(view, 0, 0) == 1.0f);
-  CHECK(scores.mass_per_observer(view, 0, 2) == 0.5f);
-  scores.observers = 2;  // a window of the last two
-  CHECK(scores.mass_per_observer(view, 0, 0) == 2.0f);
-  CHECK(scores.mass_per_observer(view, 0, 3) == 2.0f);
-  scores.observers = 4;
+  CHECK(scores.mass_per_observer(0, 2) == 1.0f);  // unknown: as it is
+  u32 observers[4] = {4, 3, 2, 1};
+  scores.observers = Ragged<u32>(observers, first);
+  scores.has_observers = true;
+  CHECK(scores.mass_per_observer(0, 0) == 1.0f);
+  CHECK(scores.mass_per_observer(0, 2) == 0.5f);
   const u32 limit[1] = {2};
   const PlanOptions options = unprotected();
   Workspace workspace;
@@ -311,15 +310,16 @@ TEST_CASE("D2O: running threshold, both weightings, protected keys spared") {
 
   float state[1] = {std::nanf("")};
   Planned first;
-  make_plan(D2OReducer{.weights = D2OWeights::code, .threshold = state}, cache.view(), rank, false,
-            {2}, first, unprotected());
+  make_plan(D2OReducer{.weights = D2OWeights::code, .threshold = state, .next_threshold = state},
+            cache.view(), rank, false, {2}, first, unprotected());
   CHECK(first.plan.self_weight[0] == Approx(0.5));
   CHECK(first.plan.term_weight[0] == Approx(u / 2));
   const float mean = state[0];
   CHECK(mean == Approx((u + std::cos(40 * 3.14159265 / 180) + std::cos(5 * 3.14159265 / 180)) / 3));
   state[0] = 0.5f;
   Planned second;
-  make_plan(D2OReducer{.threshold = state}, cache.view(), rank, false, {2}, second, unprotected());
+  make_plan(D2OReducer{.threshold = state, .next_threshold = state}, cache.view(), rank, false, {2},
+            second, unprotected());
   CHECK(state[0] == Approx(0.25f + 0.5f * mean));
   CHECK(second.plan.num_terms == 3);
 

@@ -56,6 +56,12 @@ struct CacheView {
   [[nodiscard]] float mass_bias(u32 segment, u32 token) const noexcept {
     return log_mass ? log_mass(segment, token) : 0.0f;
   }
+  /// The same, finite: minus infinity and NaN (a token that nobody sees) become -1e30, infinity
+  /// 1e30.
+  [[nodiscard]] float finite_mass_bias(u32 segment, u32 token) const noexcept {
+    const float bias = mass_bias(segment, token);
+    return bias > -1e30f ? (bias < 1e30f ? bias : 1e30f) : -1e30f;
+  }
 };
 
 /// A non-owning view over one layer's K and V, [kv_head][token][dim]. Keys and values have their

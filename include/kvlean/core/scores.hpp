@@ -2,9 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include <algorithm>
-
-#include "kvlean/core/kv_cache.hpp"
+#include "kvlean/core/ragged.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -16,21 +14,15 @@ struct Scores {
   Ragged<float> rank;            ///< order only; may be pinned, pooled or negative
   Ragged<float> mass;            ///< attention received, >= 0; valid when has_mass
   bool has_mass = false;
-  /// Queries that mass was summed over; a token was seen by those at or after it. 0: unknown, or
-  /// all tokens were seen alike.
-  u32 observers = 0;
+  Ragged<u32> observers;       ///< queries that saw the token; valid when has_observers
+  bool has_observers = false;  ///< off: unknown, or all tokens were seen alike
 
   [[nodiscard]] u32 length(u32 segment) const noexcept { return lengths[segment]; }
   /// Mean attention per query that could see the token: sums alone favour tokens that many queries
-  /// saw. Equals mass when observers is unknown.
-  [[nodiscard]] float mass_per_observer(const CacheView& cache, u32 segment,
-                                        u32 token) const noexcept {
-    if (observers == 0) return mass(segment, token);
-    const i64 newer = cache.positions
-                          ? static_cast<i64>(cache.next_position) - cache.position(segment, token)
-                          : static_cast<i64>(lengths[segment]) - static_cast<i64>(token);
-    const i64 seen_by = std::clamp<i64>(newer, 1, static_cast<i64>(observers));
-    return mass(segment, token) / static_cast<float>(seen_by);
+  /// saw. Equals mass without observers.
+  [[nodiscard]] float mass_per_observer(u32 segment, u32 token) const noexcept {
+    const u32 seen_by = has_observers ? observers(segment, token) : 1;
+    return mass(segment, token) / static_cast<float>(seen_by != 0 ? seen_by : 1);
   }
 };
 

@@ -135,9 +135,10 @@ class Indexed {
       : rows_(detail::make_rows(data, extents, strides)) {
     rows_.order = order.data();
     rows_.order_stride = order_head_stride;
-    const u32 listed = detail::saturate_u32(
-        order_head_stride == 0 ? order.size() : static_cast<std::size_t>(order_head_stride));
-    if (listed < rows_.tokens) rows_.tokens = listed;
+    const auto per_head = static_cast<std::size_t>(order_head_stride);
+    const std::size_t before_last = extents.kv_heads == 0 ? 0 : per_head * (extents.kv_heads - 1);
+    const std::size_t last = order.size() - std::min(order.size(), before_last);
+    rows_.tokens = std::min(rows_.tokens, detail::saturate_u32(last));
   }
   [[nodiscard]] Rows rows() const noexcept { return rows_; }
 

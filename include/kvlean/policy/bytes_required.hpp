@@ -26,9 +26,9 @@ struct PlanShape {
   const std::size_t slots = segments * shape.tokens;
   const std::size_t heads =
       shape.num_kv_heads == 0 ? 0 : shape.num_query_heads / shape.num_kv_heads;
-  // Per token of every layer: scores (rank, mass) 8; states 3; anchor 4, log mass 4, term ranges
-  // 16, self weights 8, a term of 12; nearest slot and similarity 8.
-  constexpr std::size_t bytes_a_token = 64;
+  // Per token of every layer: scores (rank, mass, observers) 12; states 3; anchor 4, log mass 4,
+  // term ranges 16, self weights 8, a term of 12; nearest slot and similarity 8.
+  constexpr std::size_t bytes_a_token = 68;
   // Per layer and segment: limits, lengths, offsets, competition entries.
   constexpr std::size_t bytes_a_segment = 256;
   // Per worker: tiles of attention and their per-head rows, sort keys, cosines, unit-length keys.

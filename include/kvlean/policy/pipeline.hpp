@@ -22,16 +22,21 @@ struct PolicyStages {
                      Context& context) noexcept = nullptr;
   Status (*reduce)(const void* self, const CacheView& cache, const Scores& scores, const u32* limit,
                    Context& context, CompressionPlan& plan) noexcept = nullptr;
-  bool wants_mass = false;              ///< the reducer reads attention mass
-  bool identity_at_full_budget = true;  ///< nothing to do when every token fits
-  bool keeps_everything = false;        ///< the full cache, whatever the budget
+  bool wants_mass = false;                ///< the reducer reads attention mass: accumulated, if the
+                                          ///< scorer has none
+  bool prefers_accumulated_mass = false;  ///< accumulated even if the scorer has mass of its own
+  bool identity_at_full_budget = true;    ///< nothing to do when every token fits
+  bool keeps_everything = false;          ///< the full cache, whatever the budget
 };
 
-/// Looks up a reducer's optional traits: `static constexpr bool wants_mass` and
-/// `bool identity_at_full_budget() const`.
+/// Looks up a reducer's optional traits: `static constexpr bool wants_mass`,
+/// `static constexpr bool prefers_accumulated_mass` and `bool identity_at_full_budget() const`.
 template <Reducer R>
 void read_reducer_traits(const R& reducer, PolicyStages& stages) noexcept {
   if constexpr (requires { R::wants_mass; }) stages.wants_mass = R::wants_mass;
+  if constexpr (requires { R::prefers_accumulated_mass; }) {
+    stages.prefers_accumulated_mass = R::prefers_accumulated_mass;
+  }
   if constexpr (requires { reducer.identity_at_full_budget(); }) {
     stages.identity_at_full_budget = reducer.identity_at_full_budget();
   }
@@ -82,7 +87,9 @@ inline Status start_layer(const CacheView& cache, const Budget& budget, const Pl
     const u32 length = cache.length(s);
     work.limit[s] = budget.slots_for(length);
     work.floor[s] = std::min(length, std::max(1u, options.protection.count(length, cache.frozen)));
-    everything_fits = everything_fits && work.limit[s] == length;
+    // Heads of different lengths can't keep everything and share counts or tokens.
+    const bool alike = options.sharing.kind == SharingKind::per_head || length == cache.length(0);
+    everything_fits = everything_fits && work.limit[s] == length && alike;
   }
   return StatusCode::ok;
 }
@@ -102,9 +109,11 @@ inline Status score_layer(const PolicyStages& stages, const CacheView& cache,
   scores.lengths = lengths;
   scores.rank = Ragged<float>(workspace.take_zeroed<float>(first[cache.segments]), first);
   scores.mass = Ragged<float>(workspace.take_zeroed<float>(first[cache.segments]), first);
-  if (!scores.rank || !scores.mass) return workspace.exhausted();
+  scores.observers = Ragged<u32>(workspace.take<u32>(first[cache.segments]), first);
+  if (!scores.rank || !scores.mass || !scores.observers) return workspace.exhausted();
   KVLEAN_RETURN_IF_ERROR(stages.score(stages.scorer, cache, seen, context, scores));
-  if (!stages.wants_mass || scores.has_mass) return StatusCode::ok;
+  const bool enough = scores.has_mass && !stages.prefers_accumulated_mass;
+  if (!stages.wants_mass || enough) return StatusCode::ok;
   if (seen.mass || seen.reference) {
     return observe_mass_into(cache, seen, GroupReduction::mean, context, scores);
   }
@@ -127,10 +136,11 @@ inline Status equalise_limits(const CacheView& cache, const LayerWork& work) noe
   return StatusCode::ok;
 }
 
-inline Status identity_plan(const CacheView& cache, Workspace& workspace,
+inline Status identity_plan(const CacheView& cache, const Sharing& sharing, Workspace& workspace,
                             CompressionPlan& plan) noexcept {
   plan = CompressionPlan{};
   plan.segments = cache.segments;
+  if (sharing.kind == SharingKind::whole_pages) plan.page_tokens = sharing.page_tokens;
   plan.length = workspace.take<u32>(cache.segments);
   plan.first = workspace.take<u64>(cache.segments + std::size_t{1});
   plan.anchor = workspace.take<u32>(cache.total_length());
@@ -175,7 +185,7 @@ namespace detail {
   }
   if (stages.keeps_everything || (everything_fits && stages.identity_at_full_budget)) {
     for (u32 l = 0; l < count; ++l) {
-      KVLEAN_RETURN_IF_ERROR(identity_plan(layers[l], workspace, plans[l]));
+      KVLEAN_RETURN_IF_ERROR(identity_plan(layers[l], options.sharing, workspace, plans[l]));
     }
     return StatusCode::ok;
   }

@@ -40,8 +40,13 @@ class PolicyInterface {
     if (sequences.size() != seen.size() || sequences.size() != plans.size()) {
       return StatusCode::shape_mismatch;
     }
+    const Workspace::Mark mark = workspace.mark();
     for (std::size_t i = 0; i < sequences.size(); ++i) {
-      KVLEAN_RETURN_IF_ERROR(plan(sequences[i], seen[i], budget, workspace, plans[i], options));
+      const Status status = plan(sequences[i], seen[i], budget, workspace, plans[i], options);
+      if (!status) {
+        workspace.rewind(mark);
+        return status;
+      }
     }
     return StatusCode::ok;
   }

@@ -24,19 +24,22 @@ enum class CaMMode : u8 {
 
 /// CaM: cache merging on top of any eviction. The value of each dropped token, times its merge
 /// probability, is added in equal parts to the values of the next `receivers` kept tokens; keys are
-/// never changed. Plan slots by the scorer's rank; the probability reads the attention mass.
+/// never changed. Slots are planned by the scorer's rank; the probability reads accumulated
+/// attention where the observation has it (ready-made or reference queries), else the scorer's
+/// mass.
 ///
 /// Called when one token is over the budget (a decode step) this is the paper's operator, and
 /// merges cascade because values are rewritten in place. Called once over a whole prefill it is the
 /// one-shot form, which the paper does not define and which piles many v/m terms on few receivers.
 /// Protected tokens do receive; frozen ones do not. The paper's code divides by the constant m even
 /// when fewer receivers exist; this divides by the actual number. Needs mass: missing_observation
-/// otherwise. The sum of weights is not 1: values grow, as in the paper. O(tokens + receivers).
+/// otherwise. The sum of weights is not 1: values grow, as in the paper. O(evicted * receivers).
 struct CaMReducer {
   u32 receivers = 32;
   CaMMode mode = CaMMode::expected;
 
   static constexpr bool wants_mass = true;
+  static constexpr bool prefers_accumulated_mass = true;
 
   [[nodiscard]] Status reduce(const CacheView& cache, const Scores& scores, const u32* limit,
                               Context& context, CompressionPlan& plan) const noexcept {
@@ -55,6 +58,9 @@ struct CaMReducer {
   }
 
  private:
+  // Keeps the draws apart from those of a random scorer with the same seed.
+  static constexpr u64 salt = 0xca3ca3ca3ca3ca3dull;
+
   // Receivers of an evicted token are the slots [begin, begin + receivers) after it, and `begin`
   // never falls along the segment, so the terms of a slot are one range of the evicted tokens.
   void merge_segment(const CacheView& cache, const Scores& scores, u32 s, const Context& context,
@@ -76,8 +82,8 @@ struct CaMReducer {
         float share = probability;
         if (mode == CaMMode::sampled) {
           const float uniform =
-              draw(context.options.seed, cache.origin.layer, cache.origin.head + s,
-                   cache.position(s, token), context.options.step);
+              draw(context.options.seed ^ salt, cache.origin.layer + context.layer,
+                   cache.origin.head + s, cache.position(s, token), context.options.step);
           share = uniform < probability ? 1.0f : 0.0f;
         }
         if (count == 0 || share == 0.0f) continue;
@@ -87,7 +93,7 @@ struct CaMReducer {
       }
       token = anchor[slot] + 1;
       while (oldest < plan.num_terms &&
-             first_receiver(cache, s, plan, oldest) + receivers <= slot) {
+             u64{first_receiver(cache, s, plan, oldest)} + receivers <= slot) {
         ++oldest;
       }
       const u64 index = plan.first[s] + slot;

@@ -22,8 +22,10 @@ enum class D2OWeights : u8 {
 /// d).
 struct D2OReducer {
   D2OWeights weights = D2OWeights::paper;
-  float momentum = 0.5f;       ///< in [0, 1]
-  float* threshold = nullptr;  ///< [segments] of the one layer planned, caller-owned; or null
+  float momentum = 0.5f;             ///< in [0, 1]
+  const float* threshold = nullptr;  ///< [layer planned][segment]; or null
+  float* next_threshold = nullptr;   ///< the same shape; or null; may equal `threshold`
+  u32 threshold_stride = 0;          ///< from layer to layer
 
   [[nodiscard]] Status reduce(const CacheView& cache, const Scores& scores, const u32* limit,
                               Context& context, CompressionPlan& plan) const noexcept {
@@ -39,19 +41,24 @@ struct D2OReducer {
     KVLEAN_RETURN_IF_ERROR(find_nearest_kept(cache, kept, plan, true, context, nearest));
     float* bar = context.workspace.take<float>(cache.segments);
     if (bar == nullptr) return context.workspace.exhausted();
-    for (u32 s = 0; s < cache.segments; ++s) bar[s] = next_threshold(cache, kept, nearest, s);
+    const std::size_t row = std::size_t{context.layer - context.options.layer} * threshold_stride;
+    for (u32 s = 0; s < cache.segments; ++s) {
+      const float before =
+          threshold != nullptr ? threshold[row + s] : std::numeric_limits<float>::quiet_NaN();
+      bar[s] = follow_threshold(cache, kept, nearest, s, before);
+    }
     group_terms_by_slot(cache, kept, nearest, plan, [&](u32 s, u32 token) noexcept {
       return nearest.cosine(s, token) >= bar[s];
     });
-    if (threshold != nullptr) std::copy_n(bar, cache.segments, threshold);
+    if (next_threshold != nullptr) std::copy_n(bar, cache.segments, next_threshold + row);
     plan.needs |= needs_moved_keys | needs_changed_values;
     for (u32 s = 0; s < cache.segments; ++s) blend_segment(cache, nearest, s, plan);
     return StatusCode::ok;
   }
 
  private:
-  float next_threshold(const CacheView& cache, const KeptTokens& kept, const NearestKept& nearest,
-                       u32 s) const noexcept {
+  float follow_threshold(const CacheView& cache, const KeptTokens& kept, const NearestKept& nearest,
+                         u32 s, float before) const noexcept {
     const u8* keep = kept.keep.segment(s);
     double sum = 0.0;
     u32 count = 0;
@@ -60,8 +67,6 @@ struct D2OReducer {
       sum += nearest.cosine(s, token);
       ++count;
     }
-    const float before =
-        threshold != nullptr ? threshold[s] : std::numeric_limits<float>::quiet_NaN();
     if (count == 0) return before;
     const float mean = static_cast<float>(sum / count);
     return before == before ? momentum * before + (1.0f - momentum) * mean : mean;
@@ -81,11 +86,15 @@ struct D2OReducer {
         if (soft) total += plan.term_weight[term];
       }
       plan.self_weight[slot] = end == begin ? 1.0f : static_cast<float>(own / total);
-      detail::MassSum mass;
-      mass.add(plan.self_weight[slot], cache.mass_bias(s, plan.anchor[slot]));
+      float largest = cache.finite_mass_bias(s, plan.anchor[slot]);
+      for (u64 term = begin; term < end; ++term) {
+        largest = std::max(largest, cache.finite_mass_bias(s, plan.term_token[term]));
+      }
+      detail::MassSum mass(largest);
+      mass.add(plan.self_weight[slot], cache.finite_mass_bias(s, plan.anchor[slot]));
       for (u64 term = begin; term < end; ++term) {
         plan.term_weight[term] = static_cast<float>(plan.term_weight[term] / total);
-        mass.add(plan.term_weight[term], cache.mass_bias(s, plan.term_token[term]));
+        mass.add(plan.term_weight[term], cache.finite_mass_bias(s, plan.term_token[term]));
       }
       if (plan.log_mass != nullptr && end != begin) plan.log_mass[slot] = mass.value(LogMass::none);
     }

@@ -78,15 +78,13 @@ struct KVMergerReducer {
     KeptTokens kept;
     if (pages) KVLEAN_RETURN_IF_ERROR(select_kept(cache, scores, limit, 0.0f, context, kept));
     if (shared) {
-      for (u32 s = 0; s < cache.segments; ++s) {
-        if (cache.length(s) != longest) return StatusCode::shape_mismatch;
-      }
+      KVLEAN_RETURN_IF_ERROR(detail::check_same_tokens(cache));
       detail::mean_over_heads(cache, score, longest, mean);
     }
     {
       WorkspaceScope scope(workspace);
       const u32 tasks = shared ? 1 : cache.segments;
-      const u32 workers = std::min(tasks, std::max<u32>(context.options.executor.workers, 1));
+      const u32 workers = std::max<u32>(context.options.executor.workers, 1);
       float* cosine = workspace.take<float>(static_cast<std::size_t>(workers) * longest);
       float* other = workspace.take<float>(shared ? longest : 0);
       u64* keys = workspace.take<u64>(static_cast<std::size_t>(workers) * longest);
@@ -104,22 +102,25 @@ struct KVMergerReducer {
           slots[s] = kept.count[s];
           link_free(cosine + at, cache.frozen, context.options.protection, length, state, linked);
         } else {
-          slots[s] = form_sets(form, soft_protection(length, limit[s]), cosine + at, row, length,
-                               limit[s], cache.frozen, context.options.protection, state + first[s],
-                               linked + first[s], keys + at, evicted[s]);
+          slots[s] =
+              form_sets(form, soft_protection(length, limit[s]), cosine + at, row, scores.has_mass,
+                        length, limit[s], cache.frozen, context.options.protection,
+                        state + first[s], linked + first[s], keys + at, evicted[s]);
         }
       });
       if (context.options.sharing.kind == SharingKind::equal_count) {
-        // Emergent counts differ: heads below the largest give back their weakest links.
-        const u32 most = *std::max_element(slots, slots + cache.segments);
+        // Emergent counts differ: heads below the largest give back their weakest links, as far as
+        // the shortest head goes.
+        u32 most = *std::max_element(slots, slots + cache.segments);
+        for (u32 s = 0; s < cache.segments; ++s) most = std::min(most, cache.length(s));
         parallel_for(context.options.executor, tasks, [&](u32 worker, u32 s) noexcept {
           if (slots[s] == most) return;
           const std::size_t at = static_cast<std::size_t>(worker) * longest;
           detail::adjacent_cosines(cache.keys, s, cache.length(s), cosine + at);
           slots[s] = form_sets(KVMergerForm::slots, soft_protection(cache.length(s), limit[s]),
-                               cosine + at, score.segment(s), cache.length(s), most, cache.frozen,
-                               context.options.protection, state + first[s], linked + first[s],
-                               keys + at, evicted[s]);
+                               cosine + at, score.segment(s), scores.has_mass, cache.length(s),
+                               most, cache.frozen, context.options.protection, state + first[s],
+                               linked + first[s], keys + at, evicted[s]);
         });
       }
     }
@@ -140,6 +141,10 @@ struct KVMergerReducer {
       first_term[s + 1] =
           first_term[s] + count_terms(cache.length(s), state + first[s], linked + first[s],
                                       pages ? kept.keep.segment(s) : nullptr);
+    }
+    for (u32 s = 0; pages && s < cache.segments; ++s) {
+      const u64 merged = first_term[s + 1] - first_term[s];
+      evicted[s] = cache.length(s) - slots[s] - static_cast<u32>(merged);
     }
     plan.num_terms = first_term[cache.segments];
     const bool merges = plan.num_terms != 0;
@@ -163,22 +168,26 @@ struct KVMergerReducer {
 
  private:
   u32 form_sets(KVMergerForm kind, KVMergerCounts soft, const float* cosine, const float* score,
-                u32 length, u32 limit, u32 frozen, const Protection& protection, u8* state,
-                u8* linked, u64* keys, u32& evicted) const noexcept {
+                bool is_mass, u32 length, u32 limit, u32 frozen, const Protection& protection,
+                u8* state, u8* linked, u64* keys, u32& evicted) const noexcept {
     evicted = 0;
     if (length == 0) return 0;
     detail::mark_protected(soft, protection, frozen, score, length, limit, state, keys);
+    const bool limited = kind == KVMergerForm::slots || enforce_limit;
+    const u32 excess = limited ? length - std::min(limit, length) : 0;
+    evicted = detail::evict_unscored(score, length, excess, state);
     linked[length - 1] = 0;
     const u32 links = kind == KVMergerForm::slots
-                          ? detail::link_best(cosine, state, length,
-                                              length - std::min(limit, length), linked, keys)
+                          ? detail::link_best(cosine, state, length, excess - evicted, linked, keys)
                           : detail::link_above(cosine, state, length, epsilon, linked);
-    const u32 sets = length - links;
-    const bool limited = kind == KVMergerForm::slots || enforce_limit;
+    const u32 sets = length - evicted - links;
     if (limited && sets > limit) {
-      evicted = detail::evict_least_sets(score, linked, length, sets - limit, state, keys);
+      const u32 least = sets - limit;
+      const u32 gone = detail::evict_least_sets(score, is_mass, linked, length, least, state, keys);
+      evicted += gone;
+      return sets - gone;
     }
-    return sets - evicted;
+    return sets;
   }
 
   KVMergerCounts soft_protection(u32 length, u32 limit) const noexcept {
@@ -288,10 +297,14 @@ struct KVMergerReducer {
       next_term += members;
     }
     if (plan.log_mass != nullptr) {
-      detail::MassSum mass;
-      mass.add(self, cache.mass_bias(s, pivot));
-      for (u32 i = 0; i < members; ++i) mass.add(weight[i], cache.mass_bias(s, token[i]));
-      plan.log_mass[slot] = members != 0 ? mass.value(log_mass) : cache.mass_bias(s, pivot);
+      float largest = cache.finite_mass_bias(s, pivot);
+      for (u32 i = 0; i < members; ++i) {
+        largest = std::max(largest, cache.finite_mass_bias(s, token[i]));
+      }
+      detail::MassSum mass(largest);
+      mass.add(self, cache.finite_mass_bias(s, pivot));
+      for (u32 i = 0; i < members; ++i) mass.add(weight[i], cache.finite_mass_bias(s, token[i]));
+      plan.log_mass[slot] = members != 0 ? mass.value(log_mass) : cache.finite_mass_bias(s, pivot);
     }
   }
 };

@@ -69,13 +69,13 @@ struct MassFoldReducer {
     float ratio;
     if (scores.has_mass) {
       const auto mass = [&](u32 token) noexcept {
-        return per_observer ? scores.mass_per_observer(cache, s, token) : scores.mass(s, token);
+        return per_observer ? scores.mass_per_observer(s, token) : scores.mass(s, token);
       };
       const float own = mass(receiver);
       const float other = mass(dropped);
       ratio = other == 0.0f ? 0.0f : other / own;
     } else {
-      ratio = std::exp(cache.mass_bias(s, dropped) - cache.mass_bias(s, receiver));
+      ratio = std::exp(cache.finite_mass_bias(s, dropped) - cache.finite_mass_bias(s, receiver));
     }
     if (!(ratio > 0.0f)) return 0.0f;
     return std::min(ratio, max_ratio);

@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cmath>
 
 #include "kvlean/core/kv_cache.hpp"
@@ -16,10 +17,14 @@ namespace detail {
 ///   none       log sum w exp(m): 0 for fresh tokens, the mean count for carried ones
 ///   log_count  log sum exp(m): counts add, also over repeated merging
 ///   entropy    sum w (m - log w): LSE(l + m) >= sum w (l + m) + H(w) by Jensen
+///
+/// Masses are finite; sums are taken relative to `largest`, so that no exponential overflows and
+/// the largest term never underflows.
 class MassSum {
  public:
+  explicit MassSum(float largest) noexcept : largest_(largest) {}
   void add(float weight, float log_mass) noexcept {
-    const double count = std::exp(static_cast<double>(log_mass));
+    const double count = std::exp(static_cast<double>(log_mass) - largest_);
     counts_ += count;
     weighted_ += static_cast<double>(weight) * count;
     if (weight > 0.0f) {
@@ -30,16 +35,18 @@ class MassSum {
   [[nodiscard]] float value(LogMass kind) const noexcept {
     switch (kind) {
       case LogMass::log_count:
-        return static_cast<float>(std::log(counts_));
+        return static_cast<float>(largest_ + std::log(counts_));
       case LogMass::entropy:
         return static_cast<float>(entropy_);
       case LogMass::none:
         break;
     }
-    return static_cast<float>(std::log(weighted_));
+    // The largest member may have weight 0: then the others are too small to matter.
+    return static_cast<float>(weighted_ > 0.0 ? largest_ + std::log(weighted_) : entropy_);
   }
 
  private:
+  double largest_;
   double counts_ = 0.0;
   double weighted_ = 0.0;
   double entropy_ = 0.0;
@@ -80,8 +87,13 @@ inline float gaussian_weights(const CacheView& cache, u32 s, u32 pivot, const u3
       twice_sigma_squared = 2.0 * sum_squares / size;
       break;
   }
+  float largest = cache.finite_mass_bias(s, pivot);
+  for (u32 i = 0; i < members; ++i) {
+    largest = std::max(largest, cache.finite_mass_bias(s, member[i]));
+  }
   const auto count = [&](u32 token) noexcept {
-    return cache.log_mass ? std::exp(static_cast<double>(cache.mass_bias(s, token))) : 1.0;
+    return std::exp(static_cast<double>(cache.finite_mass_bias(s, token)) -
+                    static_cast<double>(largest));
   };
   // Equal keys have no width: every g is 1. Keys with NaN or infinity have no distance: the pivot's
   // key and value stand for the set, so that bad data does not spread through the weights.
@@ -98,6 +110,10 @@ inline float gaussian_weights(const CacheView& cache, u32 s, u32 pivot, const u3
     const double share = kernel * count(member[i]);
     weight[i] = static_cast<float>(share);
     total += share;
+  }
+  if (!(total > 0.0)) {  // the heavy members are too far to count, the pivot weighs nothing itself
+    std::fill_n(weight, members, 0.0f);
+    return 1.0f;
   }
   for (u32 i = 0; i < members; ++i) {
     weight[i] = static_cast<float>(static_cast<double>(weight[i]) / total);

@@ -81,7 +81,11 @@ inline u32 link_best(const float* cosine, const u8* marked, u32 length, u32 want
   u32 candidates = 0;
   for (u32 t = 0; t + 1 < length; ++t) {
     linked[t] = 0;
-    if (marked[t] == 0 && marked[t + 1] == 0) scratch[candidates++] = token_key(cosine[t], t);
+    // A NaN cosine is a broken key: it must not blend into others, whatever the need.
+    const bool usable = cosine[t] == cosine[t];
+    if (usable && marked[t] == 0 && marked[t + 1] == 0) {
+      scratch[candidates++] = token_key(cosine[t], t);
+    }
   }
   wanted = std::min(wanted, candidates);
   if (wanted != 0 && wanted < candidates) {
@@ -92,16 +96,36 @@ inline u32 link_best(const float* cosine, const u8* marked, u32 length, u32 want
   return wanted;
 }
 
-/// Evicts whole sets, least summed score first (ties: the later set), until `slots` remain: marks
-/// the tokens of evicted sets 2 in `marked`. Protected sets never go. Returns the number evicted.
-inline u32 evict_least_sets(const float* score, const u8* linked, u32 length, u32 excess,
-                            u8* marked, u64* scratch) noexcept {
+/// Evicts up to `excess` unprotected tokens whose score is NaN, oldest first: they rank last, so
+/// they go before anything is merged. Marks them 2 and returns their number.
+inline u32 evict_unscored(const float* score, u32 length, u32 excess, u8* marked) noexcept {
+  u32 evicted = 0;
+  for (u32 t = 0; t < length && evicted < excess; ++t) {
+    if (marked[t] == 0 && score[t] != score[t]) {
+      marked[t] = 2;
+      ++evicted;
+    }
+  }
+  return evicted;
+}
+
+/// Evicts `excess` whole sets, least first (ties: the later set), and marks their tokens 2. A set
+/// counts the sum of its scores when they are mass, else its best: ranks can be negative, and then
+/// the sum would make the largest set the least. Protected sets never go. Returns the number.
+inline u32 evict_least_sets(const float* score, bool is_mass, const u8* linked, u32 length,
+                            u32 excess, u8* marked, u64* scratch) noexcept {
   u32 sets = 0;
   for (u32 begin = 0; begin < length;) {
     u32 end = begin + 1;
     double sum = score[begin];
-    while (end < length && linked[end - 1] != 0) sum += score[end++];
-    if (marked[begin] == 0) scratch[sets++] = token_key(static_cast<float>(sum), begin);
+    float best = score[begin];
+    for (; end < length && linked[end - 1] != 0; ++end) {
+      sum += score[end];
+      if (score_key(score[end]) > score_key(best)) best = score[end];
+    }
+    if (marked[begin] == 0) {
+      scratch[sets++] = token_key(is_mass ? static_cast<float>(sum) : best, begin);
+    }
     begin = end;
   }
   excess = std::min(excess, sets);

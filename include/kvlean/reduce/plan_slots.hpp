@@ -70,7 +70,7 @@ KVLEAN_NAMESPACE_BEGIN
   plan.needs |= needs_log_mass;
   for (u32 s = 0; s < plan.segments; ++s) {
     for (u64 slot = plan.first[s]; slot < plan.first[s + 1]; ++slot) {
-      plan.log_mass[slot] = cache.mass_bias(s, plan.anchor[slot]);
+      plan.log_mass[slot] = cache.finite_mass_bias(s, plan.anchor[slot]);
     }
   }
   return StatusCode::ok;

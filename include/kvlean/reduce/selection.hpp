@@ -95,6 +95,20 @@ inline Status select_pages(const float* scores, u32 length, u32 slots, u32 page_
                 page_tokens, u8{1});
   }
   kept += pages * page_tokens;
+  return kept != 0 || length == 0 ? StatusCode::ok : StatusCode::budget_below_protected;
+}
+
+/// Heads that share one set of tokens must hold the same ones: equal lengths and positions.
+[[nodiscard]] inline Status check_same_tokens(const CacheView& cache) noexcept {
+  const u32 length = cache.length(0);
+  for (u32 s = 1; s < cache.segments; ++s) {
+    if (cache.length(s) != length) return StatusCode::shape_mismatch;
+    if (cache.positions &&
+        !std::equal(cache.positions.segment(0), cache.positions.segment(0) + length,
+                    cache.positions.segment(s))) {
+      return StatusCode::shape_mismatch;
+    }
+  }
   return StatusCode::ok;
 }
 
@@ -106,7 +120,7 @@ inline Status select_pages(const float* scores, u32 length, u32 slots, u32 page_
 ///   whole_pages            one set of pages by the mean score over heads and tokens of the page
 /// `recent_share` > 0 also protects the newest floor(recent_share * limit) tokens of each segment.
 /// Results are taken from the workspace. Errors: shape_mismatch when heads that must share tokens
-/// differ in length, budget_below_protected when protected pages exceed the limit,
+/// differ in length or positions, budget_below_protected when protected pages exceed the limit,
 /// workspace_too_small. O(tokens) on average.
 [[nodiscard]] inline Status select_kept(const CacheView& cache, const Scores& scores,
                                         const u32* limit, float recent_share, Context& context,
@@ -145,11 +159,8 @@ inline Status select_pages(const float* scores, u32 length, u32 slots, u32 page_
     });
     return StatusCode::ok;
   }
-  u32 slots = limit[0];
-  for (u32 s = 0; s < cache.segments; ++s) {
-    if (cache.length(s) != longest) return StatusCode::shape_mismatch;
-    slots = std::min(slots, limit[s]);
-  }
+  KVLEAN_RETURN_IF_ERROR(detail::check_same_tokens(cache));
+  const u32 slots = *std::min_element(limit, limit + cache.segments);
   detail::mean_over_heads(cache, scores.rank, longest, mean);
   u32 count = 0;
   if (options.sharing.kind == SharingKind::whole_pages) {

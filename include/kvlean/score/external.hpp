@@ -24,6 +24,7 @@ struct ExternalScorer {
       if (is_mass) std::copy_n(from, cache.length(s), scores.mass.segment(s));
     }
     scores.has_mass = is_mass;
+    scores.has_observers = false;
     return StatusCode::ok;
   }
 };

@@ -27,6 +27,7 @@ struct KeyNormScorer {
       }
     });
     scores.has_mass = false;
+    scores.has_observers = false;
     return StatusCode::ok;
   }
 };

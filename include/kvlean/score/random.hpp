@@ -8,7 +8,8 @@
 KVLEAN_NAMESPACE_BEGIN
 
 /// Uniform noise in [0, 1): the floor that every other scorer has to beat. The draw depends on the
-/// options' seed and step, the layer, the KV head and the token's position, nothing else: a token
+/// options' seed and step, the layer (origin.layer + its place in the
+/// schedule), the KV head and the token's position, nothing else: a token
 /// keeps its draw when the cache around it shrinks.
 struct RandomScorer {
   /// rank = draw(seed, layer, head, position, step); no mass. Needs no observation.
@@ -20,11 +21,12 @@ struct RandomScorer {
       const u32 length = cache.length(s);
       float* rank = scores.rank.segment(s);
       for (u32 t = 0; t < length; ++t) {
-        rank[t] = draw(context.options.seed, cache.origin.layer, cache.origin.head + s,
-                       cache.position(s, t), context.options.step);
+        rank[t] = draw(context.options.seed, cache.origin.layer + context.layer,
+                       cache.origin.head + s, cache.position(s, t), context.options.step);
       }
     }
     scores.has_mass = false;
+    scores.has_observers = false;
     return StatusCode::ok;
   }
 };

@@ -6,6 +6,7 @@
 #include <limits>
 
 #include "kvlean/observe/attention_mass.hpp"
+#include "kvlean/score/observed_mass.hpp"
 #include "kvlean/score/pooling.hpp"
 #include "kvlean/score/preconditions.hpp"
 
@@ -58,7 +59,8 @@ struct SnapKVScorer {
     });
     if (pin_window) pin(cache, read, scores);
     scores.has_mass = true;
-    scores.observers = queries.mask == Mask::causal ? read : 0;
+    detail::set_observers(cache, queries, seen.attention, queries.count - read, queries.count,
+                          scores);
     return StatusCode::ok;
   }
 

@@ -24,6 +24,7 @@ struct StreamingLLMScorer {
       }
     }
     scores.has_mass = false;
+    scores.has_observers = false;
     return StatusCode::ok;
   }
 };

@@ -48,6 +48,7 @@ struct TOVAScorer {
     }
     for (u32 s = 0; s < cache.segments; ++s) pin(cache.length(s), scores, s);
     scores.has_mass = true;
+    scores.has_observers = false;
     return StatusCode::ok;
   }
 
