@@ -39,7 +39,9 @@ concept Scorer = requires(const S& scorer, const CacheView& cache, const Observa
 };
 
 /// Distributes the slots of a group of segments: reads the nominal limits, writes the final ones.
-/// The sum never grows; no limit falls below its floor or exceeds its length.
+/// The sum never grows, but where a mode says so (the authors' roundings; a layer schedule planned
+/// one layer at a time gives that layer's share). No limit falls below its floor or exceeds its
+/// length.
 template <class A>
 concept Allocator = requires(const A& allocator, std::span<LayerLimits> layers, Context& context) {
   { allocator.allocate(layers, context) }
