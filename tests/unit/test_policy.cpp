@@ -9,42 +9,13 @@
 
 #include "kvlean/kvlean.hpp"
 #include "tests/support/catch.hpp"
+#include "tests/support/random_layer.hpp"
+#include "tests/support/reduce_layer.hpp"
 
 using namespace kvlean;
 
-namespace {
-
-struct Layer {
-  u32 heads = 2, group = 2, tokens = 60, dim = 8;
-  std::vector<float> keys, values, rows;
-  explicit Layer(u32 seed = 1) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    keys.resize(std::size_t{heads} * tokens * dim);
-    values.resize(keys.size());
-    rows.resize(keys.size() * group);
-    for (auto* data : {&keys, &values, &rows}) {
-      for (float& x : *data) x = normal(random);
-    }
-  }
-  auto cache() {
-    return KVCache(strided(keys.data(), {.kv_heads = heads, .tokens = tokens, .dim = dim}),
-                   strided(values.data(), {.kv_heads = heads, .tokens = tokens, .dim = dim}));
-  }
-  Observation seen() {
-    return observe_prefill(
-        strided(rows.data(), {.heads = heads * group, .tokens = tokens, .dim = dim}), 8);
-  }
-};
-
-std::vector<u32> anchors(const CompressionPlan& plan, u32 s = 0) {
-  return {plan.anchor + plan.first[s], plan.anchor + plan.first[s] + plan.length[s]};
-}
-
-}  // namespace
-
 TEST_CASE("Errors of planning leave the cache and the workspace as they were") {
-  Layer layer;
+  RandomLayer layer(2, 60);
   const auto cache = layer.cache();
   const Observation seen = layer.seen();
   Workspace workspace;
@@ -84,7 +55,7 @@ TEST_CASE("Errors of planning leave the cache and the workspace as they were") {
 }
 
 TEST_CASE("A budget at or above the length is the identity and needs no observation") {
-  Layer layer;
+  RandomLayer layer(2, 60);
   const auto cache = layer.cache();
   Workspace workspace;
   for (const auto& name : policy_names) {
@@ -104,7 +75,7 @@ TEST_CASE("A budget at or above the length is the identity and needs no observat
 }
 
 TEST_CASE("A cache shorter than the protection is kept whole") {
-  Layer layer;
+  RandomLayer layer(2, 60);
   auto cache = layer.cache().set_length(20);
   Workspace workspace;
   CompressionPlan plan;
@@ -115,7 +86,7 @@ TEST_CASE("A cache shorter than the protection is kept whole") {
 }
 
 TEST_CASE("StreamingLLM keeps sinks and the newest; frozen tokens count and stay") {
-  Layer layer;
+  RandomLayer layer(2, 60);
   auto cache = layer.cache().set_frozen(6);
   Workspace workspace;
   CompressionPlan plan;
@@ -127,7 +98,7 @@ TEST_CASE("StreamingLLM keeps sinks and the newest; frozen tokens count and stay
 }
 
 TEST_CASE("Random is the same for the same seed and differs by head and seed") {
-  Layer layer;
+  RandomLayer layer(2, 60);
   const auto cache = layer.cache();
   Workspace workspace;
   PlanOptions options;
@@ -144,7 +115,7 @@ TEST_CASE("Random is the same for the same seed and differs by head and seed") {
 }
 
 TEST_CASE("A batch is planned sequence by sequence") {
-  Layer a(1), b(2);
+  RandomLayer a(2, 60, 1), b(2, 60, 2);
   const CacheView views[2] = {a.cache().view(), b.cache().set_length(50).view()};
   Observation seen[2] = {a.seen(), b.seen()};
   seen[1].window.first_row -= 10;  // the queries of 50 tokens
@@ -172,7 +143,7 @@ TEST_CASE("Names: every name in the tables makes a policy, others do not") {
 }
 
 TEST_CASE("Named policies and typed ones give the same plan") {
-  Layer layer;
+  RandomLayer layer(2, 60);
   const auto cache = layer.cache();
   const Observation seen = layer.seen();
   Workspace workspace;
@@ -202,7 +173,7 @@ TEST_CASE("Named policies and typed ones give the same plan") {
 }
 
 TEST_CASE("NaN and infinity never fail a policy; broken heads keep protected and newest tokens") {
-  Layer layer;
+  RandomLayer layer(2, 60);
   for (std::size_t i = 0; i < layer.keys.size() / 2; ++i) layer.keys[i] = std::nanf("");
   layer.values[3] = INFINITY;
   layer.rows[7] = -INFINITY;
@@ -229,7 +200,7 @@ TEST_CASE("NaN and infinity never fail a policy; broken heads keep protected and
 }
 
 TEST_CASE("All-equal scores: the lowest tokens win beside the protected") {
-  Layer layer;
+  RandomLayer layer(2, 60);
   std::vector<float> flat(120, 1.0f);
   Observation seen;
   seen.external = Ragged<const float>(flat.data(), u64{60});
@@ -245,7 +216,7 @@ TEST_CASE("All-equal scores: the lowest tokens win beside the protected") {
 }
 
 TEST_CASE("Every composition works on f16 and bf16, transposed values and pages") {
-  Layer layer;
+  RandomLayer layer(2, 60);
   std::vector<f16> keys;
   for (const float x : layer.keys) keys.emplace_back(x);
   std::vector<bf16> values(layer.values.size());

@@ -9,37 +9,12 @@
 
 #include "kvlean/kvlean.hpp"
 #include "tests/support/catch.hpp"
+#include "tests/support/random_layer.hpp"
 #include "tests/support/reduce_layer.hpp"
 
 using namespace kvlean;
 
 namespace {
-
-// A layer of random keys whose neighbours are alike, random values and queries.
-struct Layer {
-  u32 heads, group = 2, tokens, dim = 8;
-  std::vector<float> keys, values, rows;
-  explicit Layer(u32 num_heads = 2, u32 num_tokens = 120, u32 seed = 1)
-      : heads(num_heads), tokens(num_tokens) {
-    std::mt19937 random(seed);
-    std::normal_distribution<float> normal;
-    keys.resize(std::size_t{heads} * tokens * dim);
-    values.resize(keys.size());
-    rows.resize(keys.size() * group);
-    for (auto* data : {&keys, &values, &rows}) {
-      for (float& x : *data) x = normal(random);
-    }
-    for (std::size_t i = dim; i < keys.size(); ++i) keys[i] += 0.8f * keys[i - dim];
-  }
-  auto cache() {
-    return KVCache(strided(keys.data(), {.kv_heads = heads, .tokens = tokens, .dim = dim}),
-                   strided(values.data(), {.kv_heads = heads, .tokens = tokens, .dim = dim}));
-  }
-  Observation seen() {
-    return observe_prefill(
-        strided(rows.data(), {.heads = heads * group, .tokens = tokens, .dim = dim}), 16);
-  }
-};
 
 PlanOptions light() {
   PlanOptions options;
@@ -64,7 +39,7 @@ std::vector<u32> all_anchors(const CompressionPlan& plan) {
 }  // namespace
 
 TEST_CASE("Every stage works with more workers than heads, whatever the worker's number") {
-  Layer layer;
+  RandomLayer layer;
   PlanOptions serial = light(), pool = light();
   pool.executor = busy_pool();
   for (const Sharing sharing : {Sharing::per_head(), Sharing::equal_count(), Sharing::same_tokens(),
@@ -92,7 +67,7 @@ TEST_CASE("Every stage works with more workers than heads, whatever the worker's
 }
 
 TEST_CASE("Whole pages: a plan that keeps everything can be applied to the page table") {
-  Layer layer(2, 64);
+  RandomLayer layer(2, 64);
   std::vector<i32> table(8);
   std::iota(table.begin(), table.end(), 0);
   const Extents extents{.kv_heads = 2, .tokens = 64, .dim = 8};
@@ -116,7 +91,7 @@ TEST_CASE("Whole pages: a plan that keeps everything can be applied to the page 
 }
 
 TEST_CASE("Whole pages never end empty; heads of other tokens can't share theirs") {
-  Layer layer(2, 200);
+  RandomLayer layer(2, 200);
   PlanOptions options;
   options.protection = {.sinks = 0, .recent = 0};
   options.sharing = Sharing::whole_pages(50);
@@ -135,7 +110,7 @@ TEST_CASE("Whole pages never end empty; heads of other tokens can't share theirs
 }
 
 TEST_CASE("A broken key goes first and never reaches the attention") {
-  Layer layer(1, 200);
+  RandomLayer layer(1, 200);
   for (u32 d = 0; d < layer.dim; ++d) layer.keys[100 * layer.dim + d] = std::nanf("");
   for (const bool ready_made : {false, true}) {
     // Ready-made mass knows nothing of the broken key.
@@ -170,7 +145,7 @@ TEST_CASE("A broken key goes first and never reaches the attention") {
 }
 
 TEST_CASE("Any log mass, even minus infinity, makes plans that can be carried out") {
-  Layer layer(2, 80);
+  RandomLayer layer(2, 80);
   for (const float extreme : {-1e4f, 800.0f, -INFINITY, std::nanf(""), 1e30f}) {
     std::vector<float> mass(160, 0.0f);
     for (u32 t = 20; t < 60; ++t) mass[t] = mass[80 + t] = extreme;
@@ -190,7 +165,7 @@ TEST_CASE("Any log mass, even minus infinity, makes plans that can be carried ou
 }
 
 TEST_CASE("Observers are the queries that could see a token, wherever the queries stand") {
-  Layer layer(1, 60);
+  RandomLayer layer(1, 60);
   // A question after the cache: all of it was seen by all queries.
   Observation seen = layer.seen();
   seen.window.first_position = 60;
@@ -228,7 +203,7 @@ TEST_CASE("Observers are the queries that could see a token, wherever the querie
 }
 
 TEST_CASE("CaM: any number of receivers, accumulated mass over any base, draws of its own") {
-  Layer layer(1, 200);
+  RandomLayer layer(1, 200);
   Workspace workspace;
   CompressionPlan all, some;
   const Observation seen = layer.seen();
@@ -258,7 +233,7 @@ TEST_CASE("CaM: any number of receivers, accumulated mass over any base, draws o
   CHECK_FALSE(std::equal(one.term_weight, one.term_weight + one.num_terms, other.term_weight));
 
   // At probability one half, half of the dropped merge, also when a random scorer chose them.
-  Layer wide(1, 4000);
+  RandomLayer wide(1, 4000);
   std::vector<float> half(4000, 1.0f);
   const auto on_random =
       compose(RandomScorer{}, UniformAllocator{}, CaMReducer{.mode = CaMMode::sampled});
@@ -277,7 +252,7 @@ TEST_CASE("CaM: any number of receivers, accumulated mass over any base, draws o
 }
 
 TEST_CASE("Random draws differ between the layers of a span") {
-  Layer layer;
+  RandomLayer layer;
   const CacheView views[2] = {layer.cache().view(), layer.cache().view()};
   const Observation seen[2] = {};
   CompressionPlan plans[2];
@@ -306,7 +281,7 @@ TEST_CASE("Without mass KVMerger evicts the set whose best rank is least, not th
 }
 
 TEST_CASE("An index list that is too short for all heads is refused") {
-  Layer layer(2, 20);
+  RandomLayer layer(2, 20);
   std::vector<u32> order(20);
   std::iota(order.begin(), order.end(), 0u);
   const Extents extents{.kv_heads = 2, .tokens = 20, .dim = 8};
@@ -320,7 +295,7 @@ TEST_CASE("An index list that is too short for all heads is refused") {
 }
 
 TEST_CASE("A batch that fails late leaves the workspace as it was") {
-  Layer layer;
+  RandomLayer layer;
   const CacheView views[2] = {layer.cache().view(), layer.cache().set_length(300).view()};
   const Observation seen[2] = {layer.seen(), layer.seen()};
   CompressionPlan plans[2];
