@@ -6,7 +6,7 @@
 #include <cmath>
 #include <limits>
 
-#include "kvlean/attention/attend.hpp"
+#include "kvlean/attention/attention_output.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 

@@ -93,14 +93,15 @@ struct KVMergerReducer {
         const std::size_t at = static_cast<std::size_t>(worker) * longest;
         const u32 length = cache.length(s);
         if (shared) {
-          mean_cosines(cache, length, other, cosine + at);
+          detail::mean_cosines(cache, length, other, cosine + at);
         } else {
           detail::adjacent_cosines(cache.keys, s, length, cosine + at);
         }
         const float* row = shared ? mean : score.segment(s);
         if (pages) {
           slots[s] = kept.count[s];
-          link_free(cosine + at, cache.frozen, context.options.protection, length, state, linked);
+          detail::link_free(cosine + at, cache.frozen, context.options.protection, length, epsilon,
+                            state, linked);
         } else {
           slots[s] =
               form_sets(form, soft_protection(length, limit[s]), cosine + at, row, scores.has_mass,
@@ -139,8 +140,8 @@ struct KVMergerReducer {
     first_term[0] = 0;
     for (u32 s = 0; s < cache.segments; ++s) {
       first_term[s + 1] =
-          first_term[s] + count_terms(cache.length(s), state + first[s], linked + first[s],
-                                      pages ? kept.keep.segment(s) : nullptr);
+          first_term[s] + detail::count_terms(cache.length(s), state + first[s], linked + first[s],
+                                              pages ? kept.keep.segment(s) : nullptr);
     }
     for (u32 s = 0; pages && s < cache.segments; ++s) {
       const u64 merged = first_term[s + 1] - first_term[s];
@@ -200,40 +201,6 @@ struct KVMergerReducer {
     };
     return {count(recent_tokens, recent_fraction, preset.recent),
             count(heavy_tokens, heavy_fraction, preset.heavy)};
-  }
-
-  // Terms that merge_segment will write: the members of each surviving set but those that stay.
-  static u64 count_terms(u32 length, const u8* state, const u8* linked, const u8* keep) noexcept {
-    u64 terms = 0;
-    for (u32 begin = 0; begin < length;) {
-      u32 end = begin + 1;
-      while (end < length && linked[end - 1] != 0) ++end;
-      u32 stay = 1;
-      if (keep != nullptr) {
-        stay = 0;
-        for (u32 t = begin; t < end; ++t) stay += keep[t];
-      }
-      if (state[begin] != 2 && stay != 0) terms += end - begin - stay;
-      begin = end;
-    }
-    return terms;
-  }
-
-  static void mean_cosines(const CacheView& cache, u32 length, float* other, float* mean) noexcept {
-    detail::adjacent_cosines(cache.keys, 0, length, mean);
-    for (u32 s = 1; s < cache.segments; ++s) {
-      detail::adjacent_cosines(cache.keys, s, length, other);
-      for (u32 t = 0; t + 1 < length; ++t) mean[t] += other[t];
-    }
-    for (u32 t = 0; t + 1 < length; ++t) mean[t] /= static_cast<float>(cache.segments);
-  }
-
-  void link_free(const float* cosine, u32 frozen, const Protection& protection, u32 length,
-                 u8* state, u8* linked) const noexcept {
-    for (u32 t = 0; t < length; ++t)
-      state[t] = protection.covers(t, length, frozen) ? u8{1} : u8{0};
-    detail::link_above(cosine, state, length, epsilon, linked);
-    if (length != 0) linked[length - 1] = 0;
   }
 
   // Walks the runs of linked tokens and writes one slot a run (or, with `keep`, one a kept token).

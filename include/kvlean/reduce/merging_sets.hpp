@@ -6,6 +6,7 @@
 #include <cmath>
 #include <limits>
 
+#include "kvlean/core/kv_cache.hpp"
 #include "kvlean/core/order.hpp"
 #include "kvlean/reduce/kvmerger_options.hpp"
 #include "kvlean/simd/row_math.hpp"
@@ -139,6 +140,41 @@ inline u32 evict_least_sets(const float* score, bool is_mass, const u8* linked, 
     } while (linked[token] != 0 && ++token < length);
   }
   return excess;
+}
+
+/// Terms of a segment's slots: the members of each surviving set but those that stay.
+inline u64 count_terms(u32 length, const u8* state, const u8* linked, const u8* keep) noexcept {
+  u64 terms = 0;
+  for (u32 begin = 0; begin < length;) {
+    u32 end = begin + 1;
+    while (end < length && linked[end - 1] != 0) ++end;
+    u32 stay = 1;
+    if (keep != nullptr) {
+      stay = 0;
+      for (u32 t = begin; t < end; ++t) stay += keep[t];
+    }
+    if (state[begin] != 2 && stay != 0) terms += end - begin - stay;
+    begin = end;
+  }
+  return terms;
+}
+
+/// adjacent_cosines averaged over the heads, for sets that all heads share. `other`: length floats.
+inline void mean_cosines(const CacheView& cache, u32 length, float* other, float* mean) noexcept {
+  adjacent_cosines(cache.keys, 0, length, mean);
+  for (u32 s = 1; s < cache.segments; ++s) {
+    adjacent_cosines(cache.keys, s, length, other);
+    for (u32 t = 0; t + 1 < length; ++t) mean[t] += other[t];
+  }
+  for (u32 t = 0; t + 1 < length; ++t) mean[t] /= static_cast<float>(cache.segments);
+}
+
+/// Links for whole-page sharing: every pair above epsilon with neither token protected.
+inline void link_free(const float* cosine, u32 frozen, const Protection& protection, u32 length,
+                      float epsilon, u8* state, u8* linked) noexcept {
+  for (u32 t = 0; t < length; ++t) state[t] = protection.covers(t, length, frozen) ? u8{1} : u8{0};
+  link_above(cosine, state, length, epsilon, linked);
+  if (length != 0) linked[length - 1] = 0;
 }
 
 }  // namespace detail
