@@ -98,7 +98,7 @@ struct MergingSet {
             detail::gaussian_weights(cache, head, set.pivot, plan.term_token + first, members,
                                      reducer.sigma, reducer.fixed_sigma, plan.term_weight + first);
         if (plan.log_mass != nullptr) {
-          detail::MassSum mass;
+          detail::MassSum mass(0.0f);  // fresh tokens: no mass to shift by
           mass.add(plan.self_weight[slot], 0.0f);
           for (u32 i = 0; i < members; ++i) mass.add(plan.term_weight[first + i], 0.0f);
           plan.log_mass[slot] = mass.value(reducer.log_mass);

@@ -18,7 +18,8 @@ enum class PyramidForm : u8 {
   /// kvpress: mn and mx are shares of the nominal with the window in it, steps are real, every
   /// layer
   /// is rounded half to even; a flat schedule unless n >= mx >= mn >= w. The total drifts by
-  /// rounding.
+  /// rounding. kvpress starts from a real number of kept tokens, allocators from whole nominals, so
+  /// layers can differ by one; kvpress_pyramid_slots() takes the real number.
   kvpress,
   /// The authors' code and Ada-KV's: mn and the step between layers are rounded down, so early
   /// layers' excess is not made up for and the total OVERSHOOTS (15 % at b = 96, L = 32).
