@@ -14,8 +14,9 @@ struct Scores {
   Ragged<float> rank;            ///< order only; may be pinned, pooled or negative
   Ragged<float> mass;            ///< attention received, >= 0; valid when has_mass
   bool has_mass = false;
-  Ragged<u32> observers;       ///< queries that saw the token; valid when has_observers
-  bool has_observers = false;  ///< off: unknown, or all tokens were seen alike
+  bool mass_is_accumulated = false;  ///< over all queries seen, not over a window
+  Ragged<u32> observers;             ///< queries that saw the token; valid when has_observers
+  bool has_observers = false;        ///< off: unknown, or all tokens were seen alike
 
   [[nodiscard]] u32 length(u32 segment) const noexcept { return lengths[segment]; }
   /// Mean attention per query that could see the token: sums alone favour tokens that many queries

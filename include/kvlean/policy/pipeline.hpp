@@ -112,7 +112,8 @@ inline Status score_layer(const PolicyStages& stages, const CacheView& cache,
   scores.observers = Ragged<u32>(workspace.take<u32>(first[cache.segments]), first);
   if (!scores.rank || !scores.mass || !scores.observers) return workspace.exhausted();
   KVLEAN_RETURN_IF_ERROR(stages.score(stages.scorer, cache, seen, context, scores));
-  const bool enough = scores.has_mass && !stages.prefers_accumulated_mass;
+  const bool enough =
+      scores.has_mass && (scores.mass_is_accumulated || !stages.prefers_accumulated_mass);
   if (!stages.wants_mass || enough) return StatusCode::ok;
   if (seen.mass || seen.reference) {
     return observe_mass_into(cache, seen, GroupReduction::mean, context, scores);

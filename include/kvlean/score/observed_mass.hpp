@@ -60,7 +60,7 @@ inline void set_observers(const CacheView& cache, const Queries& queries,
     for (u32 s = 0; s < cache.segments; ++s) {
       std::copy_n(seen.mass.segment(s), cache.length(s), scores.mass.segment(s));
     }
-    scores.has_mass = true;
+    scores.has_mass = scores.mass_is_accumulated = true;
     // Without positions a compressed cache does not tell how old a token is.
     const bool whole = cache.positions || static_cast<i64>(cache.next_position) ==
                                               static_cast<i64>(cache.max_length());
@@ -79,7 +79,7 @@ inline void set_observers(const CacheView& cache, const Queries& queries,
   KVLEAN_RETURN_IF_ERROR(accumulate_attention(cache, seen.reference, seen.attention, group,
                                               context.workspace, context.options.executor,
                                               scores.mass));
-  scores.has_mass = true;
+  scores.has_mass = scores.mass_is_accumulated = true;
   set_observers(cache, seen.reference, seen.attention, 0, seen.reference.count, scores);
   return StatusCode::ok;
 }
