@@ -21,11 +21,18 @@ DType storage_of(io::DType dtype) {
   }
 }
 
-CacheView view_of_layer(const io::Capture& capture, const io::CaptureLayer& layer,
-                        std::size_t first, std::size_t count) {
+RopeSpec rope_of(const io::Capture& capture) {
+  RopeSpec rope;
+  rope.pairing =
+      capture.rope_pairing == io::RopePairing::norm ? RopePairing::norm : RopePairing::neox;
+  rope.theta = capture.rope_theta;
+  return rope;
+}
+
+CacheView view_of_layer(const RopeSpec& rope, const io::CaptureLayer& layer, std::size_t first,
+                        std::size_t count) {
   KVCache cache(CapturedTensor(layer.k, first, count), CapturedTensor(layer.v, first, count));
-  cache.set_rope_pairing(capture.rope_pairing == io::RopePairing::norm ? RopePairing::norm
-                                                                       : RopePairing::neox);
+  cache.set_rope(&rope);
   cache.set_origin({0, static_cast<u32>(layer.index), 0});
   return cache.view();
 }
@@ -60,7 +67,8 @@ Status prepare_layer(const io::Capture& capture, std::size_t index, bool with_ma
 
   result.spec.scale = static_cast<float>(capture.scale(layer));
   result.spec.softcap = static_cast<float>(capture.logit_softcap.value_or(0.0));
-  result.prefix = view_of_layer(capture, layer, 0, context);
+  result.rope = rope_of(capture);
+  result.prefix = view_of_layer(result.rope, layer, 0, context);
 
   // Queries without positions are the newest of the cache they meet: of the context for what a
   // policy sees, of the tail (or of everything) for the future.
@@ -81,8 +89,8 @@ Status prepare_layer(const io::Capture& capture, std::size_t index, bool with_ma
     result.seconds_mass = watch.seconds();
   }
 
-  const CacheView everything = view_of_layer(capture, layer, 0, tokens);
-  const CacheView tail = view_of_layer(capture, layer, context, future);
+  const CacheView everything = view_of_layer(result.rope, layer, 0, tokens);
+  const CacheView tail = view_of_layer(result.rope, layer, context, future);
   result.shape = attention_shape(result.future, everything);
   const auto attend_to = [&](const CacheView& cache, std::vector<float>& values,
                              std::vector<float>& lse) {

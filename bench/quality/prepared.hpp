@@ -25,7 +25,8 @@ class CapturedTensor {
 /// One captured layer, ready for every job: views over the capture, and what does not depend on the
 /// policy, computed once.
 struct PreparedLayer {
-  CacheView prefix;  ///< the context: what a policy compresses
+  CacheView prefix;  ///< the context: what a policy compresses; points at `rope`
+  RopeSpec rope;     ///< as the capture says; scalings aren't stored in captures
   Observation seen;  ///< context queries only, and the attention mass of all of them
   AttentionSpec spec;
   Queries future;           ///< the queries after the context, which no policy sees

@@ -32,6 +32,9 @@ enum class StatusCode : u32 {
   destination_overlaps,    ///< the destination shares memory with the source
   read_only,               ///< in-place work was asked of a tensor that cannot be written
   unknown_policy,          ///< no scorer, allocator or reducer of that name
+  invalid_rope,            ///< the RopeSpec is out of range or does not fit the key's width
+  needs_rope,              ///< the plan aligns keys and the cache does not say how they are rotated
+  bad_snapshot,            ///< not a snapshot, of another version, damaged or truncated
   bad_data,                ///< validate() met NaN or infinity, or positions that do not ascend
 };
 
@@ -97,6 +100,12 @@ class [[nodiscard]] Status {
         return "the tensor cannot be written";
       case StatusCode::unknown_policy:
         return "no scorer, allocator or reducer of that name";
+      case StatusCode::invalid_rope:
+        return "the rotation does not fit the keys or a number of it is out of range";
+      case StatusCode::needs_rope:
+        return "the plan aligns keys, whose rotation the cache does not describe";
+      case StatusCode::bad_snapshot:
+        return "not a snapshot, or damaged, truncated or of another version";
       case StatusCode::bad_data:
         return "the cache holds NaN, infinity or unordered positions";
     }

@@ -94,9 +94,9 @@ struct MergingSet {
       const u32 members = static_cast<u32>(plan.num_terms - first);
       plan.self_weight[slot] = 1.0f;
       if (members != 0) {
-        plan.self_weight[slot] =
-            detail::gaussian_weights(cache, head, set.pivot, plan.term_token + first, members,
-                                     reducer.sigma, reducer.fixed_sigma, plan.term_weight + first);
+        plan.self_weight[slot] = detail::gaussian_weights(
+            cache, RopeRotation{}, head, set.pivot, plan.term_token + first, members, reducer.sigma,
+            reducer.fixed_sigma, plan.term_weight + first);
         if (plan.log_mass != nullptr) {
           detail::MassSum mass(0.0f);  // fresh tokens: no mass to shift by
           mass.add(plan.self_weight[slot], 0.0f);

@@ -14,6 +14,13 @@ using namespace kvlean;
 
 namespace {
 
+// Reducers may turn keys: any width will do, an odd last element stays as it is.
+constexpr RopeSpec rope = [] {
+  RopeSpec spec;
+  spec.rotary_dims = 2;
+  return spec;
+}();
+
 // Layers with K, V and queries of a random shape; every policy of the tables runs over them.
 struct Model {
   u32 layers, heads, group, tokens, dim, window;
@@ -29,7 +36,7 @@ struct Model {
     heads = pick(1, 4);
     group = pick(1, 3);
     tokens = pick(1, 90);
-    dim = pick(1, 20);
+    dim = pick(2, 20);
     window = pick(1, std::min(tokens, 40u));
     std::normal_distribution<float> normal;
     for (u32 l = 0; l < layers; ++l) {
@@ -49,6 +56,7 @@ struct Model {
           KVCache(strided(keys[l].data(), {.kv_heads = heads, .tokens = tokens, .dim = dim}),
                   strided(values[l].data(), {.kv_heads = heads, .tokens = tokens, .dim = dim}))
               .set_origin({.sequence = 0, .layer = l, .head = 0})
+              .set_rope(&rope)
               .view());
       const auto rows =
           strided(queries_[l].data(), {.heads = heads * group, .tokens = tokens, .dim = dim});

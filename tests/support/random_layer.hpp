@@ -10,6 +10,9 @@
 
 namespace kvlean {
 
+/// The rotation that the random layers claim: enough for reducers that turn keys.
+inline constexpr RopeSpec layer_rope{};
+
 /// A layer of random keys whose neighbours are alike, with random values and queries of all tokens.
 struct RandomLayer {
   u32 heads, group = 2, tokens, dim = 8;
@@ -28,7 +31,8 @@ struct RandomLayer {
   }
   auto cache() {
     return KVCache(strided(keys.data(), {.kv_heads = heads, .tokens = tokens, .dim = dim}),
-                   strided(values.data(), {.kv_heads = heads, .tokens = tokens, .dim = dim}));
+                   strided(values.data(), {.kv_heads = heads, .tokens = tokens, .dim = dim}))
+        .set_rope(&layer_rope);
   }
   Observation seen() {
     return observe_prefill(

@@ -235,6 +235,7 @@ TEST_CASE("Every composition works on f16 and bf16, transposed values and pages"
               {.head = static_cast<std::ptrdiff_t>(layer.dim * layer.tokens),
                .token = 1,
                .dim = static_cast<std::ptrdiff_t>(layer.tokens)}));
+  cache.set_rope(&layer_rope);
   Workspace workspace;
   PlanOptions options;
   options.protection = {.sinks = 1, .recent = 4};

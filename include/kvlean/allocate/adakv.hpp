@@ -30,12 +30,16 @@ enum class SafeguardMode : u8 {
 /// of its floor. Total order: score descending, KV head, token ascending; NaN last.
 ///
 /// safeguard 1 equals UniformAllocator, 0 with hard_floor is the plain global top-B. A ragged layer
-/// is fine: nominals below their floor are lifted as in UniformAllocator first.
+/// is fine: its slots are the sum of its nominals, as far as there are tokens, so what a segment
+/// shorter than its nominal can't use goes to the others, and a layer that is compressed again and
+/// again keeps its total. (Safeguard 1 then hands on what UniformAllocator leaves unused.) Nominals
+/// below their floor are lifted as in UniformAllocator first. The safe share is one of the nominal,
+/// at most the length; in the mixes b_i is the nominal with what was handed on.
 ///
 /// Errors: budget_below_protected when a layer's nominals sum to less than its floors;
 /// invalid_option for a safeguard outside [0, 1], NaN or a bad weight; null_pointer,
 /// shape_mismatch; workspace_too_small, out_of_memory. On an error the limits are unchanged.
-/// O(tokens) a layer; scratch 16 KiB + 72 bytes a segment.
+/// O(tokens) a layer; scratch 16 KiB + 76 bytes a segment.
 struct AdaKVAllocator {
   float safeguard = 0.2f;  ///< share of the nominal that every head keeps, in [0, 1]
   SafeguardMode mode = SafeguardMode::hard_floor;
@@ -44,6 +48,14 @@ struct AdaKVAllocator {
   bool normalize = false;
   const float* head_weight = nullptr;  ///< see HeadWeights; null: all 1
   u32 head_weight_stride = 0;          ///< of one layer to the next; 0: one row for all layers
+
+  static constexpr bool shares_slots = true;
+  [[nodiscard]] bool everything_fits(std::span<const LayerLimits> layers,
+                                     const Context& /*context*/) const noexcept {
+    return std::all_of(layers.begin(), layers.end(), [](const LayerLimits& layer) noexcept {
+      return detail::allocation::all_fit({&layer, 1});
+    });
+  }
 
   Status allocate(std::span<LayerLimits> layers, Context& context) const noexcept {
     namespace allocation = detail::allocation;
@@ -70,7 +82,8 @@ struct AdaKVAllocator {
   using Entrant = detail::allocation::Entrant;
 
   Status share_layer(const Group& heads, Entrant* entrants, Workspace& workspace) const noexcept {
-    KVLEAN_RETURN_IF_ERROR(detail::allocation::raise_to_floors(heads, workspace));
+    KVLEAN_RETURN_IF_ERROR(
+        detail::allocation::raise_to_floors(heads, heads.shared_total(), workspace));
     if (normalize) KVLEAN_RETURN_IF_ERROR(normalize_scores(heads, entrants, workspace));
     if (mode == SafeguardMode::hard_floor) {
       return detail::allocation::hard_floor(heads, entrants, safeguard, workspace);

@@ -160,9 +160,10 @@ struct Entrant {
   return StatusCode::ok;
 }
 
-/// The hard floor (kvpress, DefensiveKV): every segment's best `max(low, int(value * safeguard))`
-/// slots are safe, protected tokens first; one global cut over the rest. The total is exact and the
-/// retained score the largest possible under those floors. `group` has been raised to its floors.
+/// The hard floor (kvpress, DefensiveKV): every segment's best `max(low, int(nominal * safeguard))`
+/// slots are safe, at most its length, protected tokens first; one global cut over the rest. The
+/// total is exact and the retained score the largest possible under those floors. `group` has been
+/// raised to its floors; a segment that paid for others' floors counts with what is left to it.
 [[nodiscard]] inline Status hard_floor(const Group& group, Entrant* entrants, float safeguard,
                                        Workspace& workspace) noexcept {
   WorkspaceScope scope(workspace);
@@ -170,7 +171,9 @@ struct Entrant {
   if (won == nullptr) return workspace.exhausted();
   u64 slots = group.total();
   for (u32 i = 0; i < group.count; ++i) {
-    const u32 granted = std::max(group.low[i], scaled_slots(group.value[i], safeguard));
+    const bool paid = group.value[i] < std::min(group.nominal[i], group.high[i]);
+    const u32 share = scaled_slots(paid ? group.value[i] : group.nominal[i], safeguard);
+    const u32 granted = std::max(group.low[i], std::min(share, group.value[i]));
     entrants[i].safe = granted - (group.high[i] - entrants[i].count);
     slots -= granted;
   }

@@ -97,10 +97,13 @@ enum class PyramidForm : u8 {
 /// PyramidKV: lower layers get more slots, upper ones fewer; `heads` shares a layer's slots among
 /// its heads, so PyramidAllocator<AdaKVAllocator> is Ada-Pyramid. The layer's place is
 /// context.layer plus its index in the span, of context.num_layers: a span of one layer gets that
-/// layer's own share, which may be more or less than its nominal. Where nominals or lengths differ,
-/// every segment has its own schedule; a span that holds all layers is brought to the exact total
-/// of the nominals (exact form; largest remainder, in proportion to the room between floor and
-/// length).
+/// layer's own share, which may be more or less than its nominal. Where all nominals are the same
+/// (a budget of slots), there is one schedule, that of the longest segment: layers that were
+/// compressed before, and are as long as their shares, get these shares again. Otherwise every
+/// segment has its own. What a segment shorter than its share can't use goes to the others of its
+/// layer when `heads` shares slots. A span that holds all layers is brought to the exact total of
+/// the nominals, as far as there are tokens (exact form; largest remainder, in proportion to the
+/// room between floor and length): in a stream give all layers at once.
 ///
 /// Errors: budget_below_protected when a layer's nominals sum to less than its floors;
 /// invalid_option for beta outside [1, 65536] or more than 16384 layers; null_pointer; those of
@@ -114,46 +117,108 @@ struct PyramidAllocator {
   u32 window =
       32;  ///< kvpress form only: its window_size. The other forms use each segment's floor
 
+  /// Whether `heads` hands slots that a short segment can't use to the others of its layer.
+  static constexpr bool shares_slots = requires { requires Heads::shares_slots; };
+
+  /// Shares of layers differ, so only an exact total over all of them tells that every token fits
+  /// where some segment is longer than its nominal.
+  [[nodiscard]] bool everything_fits(std::span<const LayerLimits> layers,
+                                     const Context& context) const noexcept {
+    if (detail::allocation::each_fits(layers)) return true;
+    return form == PyramidForm::exact && layers.size() == places(layers.size(), context) &&
+           detail::allocation::all_fit(layers);
+  }
+
   Status allocate(std::span<LayerLimits> layers, Context& context) const noexcept {
     static_assert(Allocator<Heads>);
     namespace allocation = detail::allocation;
-    const u64 places = std::max<u64>(context.num_layers, u64{context.layer} + layers.size());
-    if (beta < 1 || beta > 65536 || places > 16384) return StatusCode::invalid_option;
+    const u64 all = places(layers.size(), context);
+    if (beta < 1 || beta > 65536 || all > 16384) return StatusCode::invalid_option;
     Workspace& workspace = context.workspace;
     WorkspaceScope scope(workspace);
     allocation::Group group;
     KVLEAN_RETURN_IF_ERROR(allocation::gather(layers, context, group));
-    u32* before = workspace.take<u32>(group.count);
-    if (before == nullptr) return workspace.exhausted();
+    u32* wanted = workspace.take<u32>(group.count);
+    if (wanted == nullptr) return workspace.exhausted();
+    const u32 longest = tokens_of_one_schedule(group);
     u32 first = 0;
     u32 place = context.layer;
-    u64 total = 0;
     for (const LayerLimits& layer : layers) {
       const u32 segments = layer.cache->segments;
       const allocation::Group mine = group.slice(first, segments);
-      KVLEAN_RETURN_IF_ERROR(allocation::raise_to_floors(mine, workspace));
-      total += mine.total();
+      const u64 total = shares_slots ? mine.shared_total() : mine.total();
+      KVLEAN_RETURN_IF_ERROR(allocation::raise_to_floors(mine, total, workspace));
       for (u32 s = 0; s < segments; ++s) {
-        before[first + s] = layer.limit[s];
-        const u32 kept = form == PyramidForm::kvpress ? window : mine.low[s];
-        const u32 slots = pyramid_slots(form, mine.value[s], mine.high[s], kept, beta, place,
-                                        static_cast<u32>(places));
-        mine.value[s] = std::clamp(slots, mine.low[s], mine.high[s]);
+        u32 nominal = mine.value[s];
+        u32 kept = mine.low[s];
+        u32 tokens = mine.high[s];
+        if (longest != 0) {
+          nominal = mine.nominal[s];
+          tokens = longest;
+          kept = std::max(kept, context.options.protection.count(tokens, layer.cache->frozen));
+        }
+        if (form == PyramidForm::kvpress) kept = window;
+        wanted[first + s] =
+            std::max(pyramid_slots(form, nominal, tokens, kept, beta, place, static_cast<u32>(all)),
+                     mine.low[s]);
       }
+      KVLEAN_RETURN_IF_ERROR(share_layer(mine, wanted + first, workspace));
       first += segments;
       ++place;
     }
-    if (form == PyramidForm::exact && layers.size() == places) {
-      KVLEAN_RETURN_IF_ERROR(
-          allocation::fit_total(group.value, group.low, group.high, group.count, total, workspace));
+    if (form == PyramidForm::exact && layers.size() == all) {
+      KVLEAN_RETURN_IF_ERROR(allocation::fit_total(group.value, group.low, group.high, group.count,
+                                                   group.shared_total(), workspace));
+    }
+    first = 0;
+    for (const LayerLimits& layer : layers) {
+      give_wanted(group.slice(first, layer.cache->segments), wanted + first);
+      first += layer.cache->segments;
     }
     allocation::scatter(group, layers);
     const Status shared = heads.allocate(layers, context);
     if (!shared) {
-      group.value = before;
+      group.value = group.nominal;
       allocation::scatter(group, layers);
     }
     return shared;
+  }
+
+ private:
+  using Group = detail::allocation::Group;
+
+  static u64 places(std::size_t layers, const Context& context) noexcept {
+    return std::max<u64>(context.num_layers, u64{context.layer} + layers);
+  }
+  // The length of the longest segment where all nominals are the same and lengths are not, else 0.
+  static u32 tokens_of_one_schedule(const Group& group) noexcept {
+    u32 longest = 0;
+    bool ragged = false;
+    for (u32 i = 0; i < group.count; ++i) {
+      if (group.nominal[i] != group.nominal[0]) return 0;
+      ragged = ragged || group.high[i] != group.high[0];
+      longest = std::max(longest, group.high[i]);
+    }
+    return ragged ? longest : 0;
+  }
+  // Cuts the wanted slots to the lengths; where heads share, the layer keeps their sum.
+  static Status share_layer(const Group& mine, const u32* wanted, Workspace& workspace) noexcept {
+    u64 sum = 0;
+    u64 tokens = 0;
+    for (u32 s = 0; s < mine.count; ++s) {
+      mine.value[s] = std::min(wanted[s], mine.high[s]);
+      sum += wanted[s];
+      tokens += mine.high[s];
+    }
+    if (!shares_slots) return StatusCode::ok;
+    return detail::allocation::fit_total(mine.value, mine.low, mine.high, mine.count,
+                                         std::min(sum, tokens), workspace);
+  }
+  // Heads that share are told what each is meant to get, where the layer's total is still that.
+  static void give_wanted(const Group& mine, const u32* wanted) noexcept {
+    u64 sum = 0;
+    for (u32 s = 0; s < mine.count; ++s) sum += wanted[s];
+    if (shares_slots && mine.total() == sum) std::copy_n(wanted, mine.count, mine.value);
   }
 };
 

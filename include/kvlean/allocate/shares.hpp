@@ -77,22 +77,33 @@ inline void rank_remainders(Remainder* remainder, u32 count, u64 units) noexcept
 /// The segments of a span of layers in order, as flat arrays in the workspace.
 struct Group {
   u32 count = 0;
-  u32* value = nullptr;  ///< in: nominal slots, at most the length; out: the limit
-  u32* low = nullptr;    ///< slots that must be granted
-  u32* high = nullptr;   ///< length
+  u32* value = nullptr;    ///< in: nominal slots, at most the length; out: the limit
+  u32* low = nullptr;      ///< slots that must be granted
+  u32* high = nullptr;     ///< length
+  u32* nominal = nullptr;  ///< as given, also above the length
 
   [[nodiscard]] Group slice(u32 first, u32 segments) const noexcept {
-    return {segments, value + first, low + first, high + first};
+    return {segments, value + first, low + first, high + first, nominal + first};
   }
   [[nodiscard]] u64 total() const noexcept {
     u64 sum = 0;
     for (u32 i = 0; i < count; ++i) sum += value[i];
     return sum;
   }
+  /// The slots that sharing has to give away: all nominals, as far as there are tokens.
+  [[nodiscard]] u64 shared_total() const noexcept {
+    u64 slots = 0;
+    u64 tokens = 0;
+    for (u32 i = 0; i < count; ++i) {
+      slots += nominal[i];
+      tokens += high[i];
+    }
+    return std::min(slots, tokens);
+  }
 };
 
 /// Copies shapes, nominals and floors into a Group. A floor below the protected count is raised to
-/// it; nominals and floors above the length count as the length.
+/// it; values and floors above the length count as the length.
 /// Errors: null_pointer, workspace_too_small, out_of_memory.
 [[nodiscard]] inline Status gather(std::span<const LayerLimits> layers, Context& context,
                                    Group& group) noexcept {
@@ -106,7 +117,9 @@ struct Group {
   group.value = context.workspace.take<u32>(group.count);
   group.low = context.workspace.take<u32>(group.count);
   group.high = context.workspace.take<u32>(group.count);
-  if (group.value == nullptr || group.low == nullptr || group.high == nullptr) {
+  group.nominal = context.workspace.take<u32>(group.count);
+  if (group.value == nullptr || group.low == nullptr || group.high == nullptr ||
+      group.nominal == nullptr) {
     return context.workspace.exhausted();
   }
   u32 i = 0;
@@ -115,6 +128,7 @@ struct Group {
       const u32 length = layer.cache->length(s);
       const u32 covered = context.options.protection.count(length, layer.cache->frozen);
       group.high[i] = length;
+      group.nominal[i] = layer.limit[s];
       group.value[i] = std::min(layer.limit[s], length);
       group.low[i] = std::min(std::max(layer.floor[s], covered), length);
     }
@@ -130,15 +144,36 @@ inline void scatter(const Group& group, std::span<LayerLimits> layers) noexcept 
   }
 }
 
-/// Lifts every nominal to its floor and takes that from the others of the group, total unchanged.
-/// Errors: budget_below_protected when the floors exceed the nominals in sum; workspace_too_small,
-/// out_of_memory.
-[[nodiscard]] inline Status raise_to_floors(const Group& group, Workspace& workspace) noexcept {
-  const u64 total = group.total();
+/// Lifts every value to its floor and makes their sum `total`, which the other values of the group
+/// pay for, or gain from. Errors: budget_below_protected when the floors exceed the total;
+/// workspace_too_small, out_of_memory.
+[[nodiscard]] inline Status raise_to_floors(const Group& group, u64 total,
+                                            Workspace& workspace) noexcept {
   u64 floors = 0;
   for (u32 i = 0; i < group.count; ++i) floors += group.low[i];
   if (total < floors) return StatusCode::budget_below_protected;
   return fit_total(group.value, group.low, group.high, group.count, total, workspace);
+}
+
+/// Whether all nominals of some segments cover all of their tokens, whoever keeps them.
+[[nodiscard]] inline bool all_fit(std::span<const LayerLimits> layers) noexcept {
+  u64 slots = 0;
+  u64 tokens = 0;
+  for (const LayerLimits& layer : layers) {
+    for (u32 s = 0; s < layer.cache->segments; ++s) slots += layer.limit[s];
+    tokens += layer.cache->total_length();
+  }
+  return tokens <= slots;
+}
+
+/// Whether every segment's nominal covers its tokens.
+[[nodiscard]] inline bool each_fits(std::span<const LayerLimits> layers) noexcept {
+  for (const LayerLimits& layer : layers) {
+    for (u32 s = 0; s < layer.cache->segments; ++s) {
+      if (layer.limit[s] < layer.cache->length(s)) return false;
+    }
+  }
+  return true;
 }
 
 }  // namespace detail::allocation

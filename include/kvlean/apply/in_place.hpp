@@ -36,13 +36,25 @@ template <class T>
   return true;
 }
 
+/// Whether the plan's positions are the slots' indices, which need no array.
+[[nodiscard]] inline bool positions_are_indices(const CompressionPlan& plan) noexcept {
+  for (u32 s = 0; s < plan.segments; ++s) {
+    for (u32 j = 0; j < plan.length[s]; ++j) {
+      if (plan.position[plan.first[s] + j] != static_cast<i32>(j)) return false;
+    }
+  }
+  return true;
+}
+
 /// What in-place work asks of the cache's arrays, after validate_plan.
 [[nodiscard]] inline Status check_cache_can_hold(const CompressionPlan& plan,
                                                  const CacheView& cache) noexcept {
   if ((plan.needs & needs_ragged_lengths) != 0 && cache.lengths == nullptr) {
     return StatusCode::needs_ragged_lengths;
   }
-  if (plan.position != nullptr && !cache.positions) return StatusCode::needs_positions;
+  if (plan.position != nullptr && !cache.positions && !positions_are_indices(plan)) {
+    return StatusCode::needs_positions;
+  }
   if (is_shared(cache.positions, cache.segments) &&
       !(plan.position != nullptr ? same_in_all_segments(plan, plan.position)
                                  : same_in_all_segments(plan, plan.anchor))) {
@@ -86,7 +98,7 @@ void compact_array(const CompressionPlan& plan, const Ragged<T>& values, const T
   }
 }
 
-/// Positions, log mass and lengths, once the rows are in their place.
+/// Positions, log mass, lengths and the next position, once the rows are in their place.
 inline void compact_arrays(const CompressionPlan& plan, CacheView& cache) noexcept {
   const u32 positions = is_shared(cache.positions, cache.segments) ? 1 : cache.segments;
   const u32 masses = is_shared(cache.log_mass, cache.segments) ? 1 : cache.segments;
@@ -101,36 +113,41 @@ inline void compact_arrays(const CompressionPlan& plan, CacheView& cache) noexce
   } else {
     cache.uniform_length = plan.length[0];
   }
+  if (plan.next_position >= 0) cache.next_position = plan.next_position;
 }
 
-/// Gives a KVCache the length that in-place work left in its view; the next position stays.
+/// Gives a KVCache the length and the next position that in-place work left in its view.
 template <Tensor K, Tensor V>
 void adopt_length(KVCache<K, V>& cache, const CacheView& view) noexcept {
-  if (view.lengths != nullptr) return;  // the caller's array is already up to date
-  cache.set_length(view.uniform_length).set_next_position(view.next_position);
+  // A `lengths` array is the caller's and up to date already.
+  if (view.lengths == nullptr) cache.set_length(view.uniform_length);
+  cache.set_next_position(view.next_position);
 }
 
 }  // namespace detail
 
-/// Carries out a plan in the cache's own memory: blends at the anchors' rows, then moves rows,
-/// positions and log mass towards token 0 in ascending order. The same bits as out of place in the
-/// same type (accessor tensors: as far as storing what was loaded keeps the bits). Lengths are
-/// written to the cache's `lengths`, or to its uniform length; the next position stays. Frozen rows
-/// are never written. Without a positions array the positions of moved tokens are not kept
-/// anywhere. K and V may lie in one buffer, interleaved, or V may be columns of K if the plan
-/// rewrites neither.
+/// Carries out a plan in the cache's own memory: blends and turns at the anchors' rows, then moves
+/// rows, positions and log mass towards token 0 in ascending order. The same bits as out of place
+/// in the same type (accessor tensors: as far as storing what was loaded keeps the bits). Lengths
+/// are written to the cache's `lengths`, or to its uniform length; the next position stays unless
+/// the plan gives one. Frozen rows are never written. Without a positions array the positions of
+/// moved tokens are not kept anywhere, unless the plan makes them the indices. K and V may lie in
+/// one buffer, interleaved, or V may be columns of K if the plan rewrites neither, or only turns
+/// elements of K that are not of V.
 ///
 /// Errors, all found before the first write: those of validate_plan; read_only;
 /// needs_ragged_lengths (no `lengths` array); needs_log_mass, needs_positions (no array, or one
 /// that all segments share and the plan makes differ); destination_overlaps (literal rows inside
-/// the cache). O(slots * width + terms * width); one task a segment.
+/// the cache). O(slots * width + terms * width), and a sine a rotated pair for each change of shift
+/// between neighbouring moved rows; one task a segment.
 [[nodiscard]] inline Status apply(const CompressionPlan& plan, CacheView& cache, in_place_t,
                                   const Executor& executor = {}) noexcept {
   KVLEAN_RETURN_IF_ERROR(validate_plan(plan, cache));
   if (!cache.keys.writable || !cache.values.writable) return StatusCode::read_only;
   KVLEAN_RETURN_IF_ERROR(detail::check_cache_can_hold(plan, cache));
+  const detail::KeyRotation rotation(plan, cache);
   parallel_for(executor, plan.segments, [&](u32, u32 s) noexcept {
-    detail::fold_segment(plan, cache, s);
+    detail::fold_segment(plan, cache, rotation, s);
     detail::compact_segment(cache.keys, cache.values, s, cache.length(s),
                             plan.anchor + plan.first[s], plan.length[s]);
   });
@@ -138,7 +155,7 @@ void adopt_length(KVCache<K, V>& cache, const CacheView& view) noexcept {
   return StatusCode::ok;
 }
 
-/// The same for a KVCache, whose length is updated.
+/// The same for a KVCache, whose length and next position are updated.
 template <Tensor K, Tensor V>
 [[nodiscard]] Status apply(const CompressionPlan& plan, KVCache<K, V>& cache, in_place_t,
                            const Executor& executor = {}) noexcept {
@@ -153,7 +170,9 @@ template <Tensor K, Tensor V>
 [[nodiscard]] inline Status apply(const CompressionPlan& plan, RaggedKVCache& cache, in_place_t,
                                   const Executor& executor = {}) noexcept {
   CacheView view = cache.view();
-  return apply(plan, view, in_place, executor);
+  KVLEAN_RETURN_IF_ERROR(apply(plan, view, in_place, executor));
+  cache.set_next_position(view.next_position);
+  return StatusCode::ok;
 }
 
 KVLEAN_NAMESPACE_END

@@ -48,11 +48,12 @@ inline void compact_table(const CompressionPlan& plan, const CacheView& cache, u
 }  // namespace detail
 
 /// Carries out a plan of whole pages (plan.page_tokens > 0) by rewriting the page table that keys
-/// and values are found through; no row moves. Blends are written at their anchors' rows first,
-/// then positions, log mass and lengths follow. `page_table` is the table the cache's tensors point
-/// at. Kept pages come first, in order; the dropped ones stand behind them, up to the pages that
-/// were in use, and are the caller's to free. With one table for all heads the heads must keep the
-/// same pages; with a table a head each is compacted. `pages_kept` is the sum over the tables.
+/// and values are found through; no row moves. Blended and turned keys are written at their
+/// anchors' rows first, then positions, log mass, lengths and the next position follow.
+/// `page_table` is the table the cache's tensors point at. Kept pages come first, in order; the
+/// dropped ones stand behind them, up to the pages that were in use, and are the caller's to free.
+/// With one table for all heads the heads must keep the same pages; with a table a head each is
+/// compacted. `pages_kept` is the sum over the tables.
 ///
 /// Errors, all found before the first write: those of validate_plan; invalid_plan (no page_tokens,
 /// another page size, or heads that share a table and differ); invalid_page_table (keys and values
@@ -86,14 +87,14 @@ inline void compact_table(const CompressionPlan& plan, const CacheView& cache, u
   for (u32 s = 0; shared && s < plan.segments; ++s) {
     if (!detail::keeps_same_pages(plan, cache, s, longest)) return StatusCode::invalid_plan;
   }
-  constexpr u32 rewrites = needs_moved_keys | needs_changed_values;
-  if ((plan.needs & rewrites) != 0 && (!keys.writable || !values.writable)) {
+  if (detail::rewrites_rows(plan, cache) && (!keys.writable || !values.writable)) {
     return StatusCode::read_only;
   }
   KVLEAN_RETURN_IF_ERROR(detail::check_cache_can_hold(plan, cache));
 
+  const detail::KeyRotation rotation(plan, cache);
   parallel_for(executor, plan.segments,
-               [&](u32, u32 s) noexcept { detail::fold_segment(plan, cache, s); });
+               [&](u32, u32 s) noexcept { detail::fold_segment(plan, cache, rotation, s); });
   pages_kept = 0;
   for (u32 s = 0; s < plan.segments; ++s) {
     if (shared && s != longest) continue;
@@ -104,7 +105,7 @@ inline void compact_table(const CompressionPlan& plan, const CacheView& cache, u
   return StatusCode::ok;
 }
 
-/// The same for a KVCache, whose length is updated.
+/// The same for a KVCache, whose length and next position are updated.
 template <Tensor K, Tensor V>
 [[nodiscard]] Status apply_to_page_table(const CompressionPlan& plan, KVCache<K, V>& cache,
                                          std::span<i32> page_table, std::size_t& pages_kept,

@@ -83,20 +83,18 @@ void write_segment(const CompressionPlan& plan, const Rows& from, const Rows& to
 }
 
 inline void write_segment_to(const CompressionPlan& plan, const CacheView& from,
-                             const CacheView& to, u32 s) noexcept {
+                             const CacheView& to, const KeyRotation& rotation, u32 s) noexcept {
+  KeyWriter keys(plan, from, rotation, s);
   write_segment(
-      plan, from.keys, to.keys, s, [&](u64 slot) noexcept { return key_changes(plan, slot); },
-      [&](u64 slot, u32 j) noexcept { write_key(plan, from.keys, s, slot, to.keys, j); });
+      plan, from.keys, to.keys, s, [&](u64 slot) noexcept { return keys.changes(slot); },
+      [&](u64 slot, u32 j) noexcept { keys.write(slot, to.keys, j); });
   write_segment(
       plan, from.values, to.values, s, [&](u64 slot) noexcept { return value_changes(plan, slot); },
       [&](u64 slot, u32 j) noexcept { write_value(plan, from.values, s, slot, to.values, j); });
   for (u32 j = 0; j < plan.length[s]; ++j) {
     const u64 slot = plan.first[s] + j;
     const u32 anchor = plan.anchor[slot];
-    if (to.positions) {
-      to.positions(s, j) =
-          plan.position != nullptr ? plan.position[slot] : from.position(s, anchor);
-    }
+    if (to.positions) to.positions(s, j) = slot_position(plan, from, s, slot);
     if (to.log_mass) {
       to.log_mass(s, j) =
           plan.log_mass != nullptr ? plan.log_mass[slot] : from.mass_bias(s, anchor);
@@ -108,10 +106,10 @@ inline void write_segment_to(const CompressionPlan& plan, const CacheView& from,
 
 /// Carries out a plan into another cache, which is overwritten; the source stays as it is. Types
 /// are converted by one rounding, and the bits are kept where they agree. The destination takes
-/// over the next position, rotation and origin; nothing in it is frozen, since it is a copy. Slots
-/// get the plan's position, or their anchor's (its index where the source has no positions).
-/// Literal rows may be the very rows of the destination they belong to (a fit that wrote its result
-/// there).
+/// over the next position (the plan's where it gives one), rotation and origin; nothing in it is
+/// frozen, since it is a copy. Slots get the plan's position, or their anchor's (its index where
+/// the source has no positions). Literal rows may be the very rows of the destination they belong
+/// to (a fit that wrote its result there).
 ///
 /// Errors, all found before the first write: those of validate_plan; shape_mismatch (heads or
 /// widths); destination_too_small; needs_log_mass, needs_positions (plan or source has them and the
@@ -126,9 +124,11 @@ template <Cache Source>
   KVLEAN_RETURN_IF_ERROR(detail::check_destination(plan, from, destination));
   KVLEAN_RETURN_IF_ERROR(destination.set_lengths({plan.length, plan.segments}));
   const CacheView to = destination.view();
+  const detail::KeyRotation rotation(plan, from);
   parallel_for(executor, plan.segments,
-               [&](u32, u32 s) noexcept { detail::write_segment_to(plan, from, to, s); });
-  destination.set_next_position(from.next_position);
+               [&](u32, u32 s) noexcept { detail::write_segment_to(plan, from, to, rotation, s); });
+  destination.set_next_position(plan.next_position >= 0 ? plan.next_position : from.next_position);
+  destination.set_rope(from.rope);
   destination.set_rope_pairing(from.rope_pairing);
   destination.set_origin(from.origin);
   destination.set_frozen(0);

@@ -13,7 +13,10 @@ KVLEAN_NAMESPACE_BEGIN
 
 /// Slots kept per KV head, averaged over the heads it covers, protected ones included. A limit: a
 /// method may keep fewer. Above the length it means "keep all". A fraction f of a segment of n
-/// tokens is floor(f * n + 1e-9) slots.
+/// tokens is floor(f * n + 1e-9) slots. Where heads have different lengths, as after Ada-KV, a
+/// budget of B slots is B for every head: allocators that share slots hand on what a short head
+/// can't use, so that compressing again and again keeps the total; with the others a head keeps at
+/// most its length.
 class Budget {
  public:
   [[nodiscard]] static constexpr Budget fraction(double kept) noexcept { return {kept, true}; }
@@ -24,6 +27,13 @@ class Budget {
   [[nodiscard]] constexpr double value() const noexcept { return value_; }
   [[nodiscard]] Status check() const noexcept {
     return std::isfinite(value_) && value_ >= 0.0 ? StatusCode::ok : StatusCode::invalid_budget;
+  }
+  /// Slots that one segment of `length` tokens stands for in the total: slots as they are, above
+  /// the length too; of a fraction slots_for().
+  [[nodiscard]] u32 nominal_for(u32 length) const noexcept {
+    if (is_fraction_) return slots_for(length);
+    constexpr u32 most = std::numeric_limits<u32>::max();
+    return value_ >= static_cast<double>(most) ? most : static_cast<u32>(value_);
   }
   /// Slots for one segment of `length` tokens; never more than its length.
   [[nodiscard]] u32 slots_for(u32 length) const noexcept {

@@ -5,12 +5,10 @@
 #include <cmath>
 
 #include "kvlean/core/ragged.hpp"
+#include "kvlean/core/rope.hpp"
 #include "kvlean/core/tensor.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
-
-/// Which dimensions rotate together: `norm` pairs (2i, 2i+1), `neox` pairs (i, i + dim/2).
-enum class RopePairing : u8 { none, norm, neox };
 
 /// Where a view's segments stand in the model: segment s is KV head `head + s` of `layer`.
 struct SegmentId {
@@ -32,7 +30,8 @@ struct CacheView {
   Ragged<i32> positions;   ///< ascending within a segment; null: the index is the position
   Ragged<float> log_mass;  ///< logit bias of each slot; null: all zero
   i32 next_position = 0;   ///< position of the next token, not the length
-  RopePairing rope_pairing = RopePairing::none;
+  RopePairing rope_pairing = RopePairing::none;  ///< `rope`'s where that is given
+  const RopeSpec* rope = nullptr;  ///< how keys are rotated; null: not known, none is ever turned
   SegmentId origin;
 
   [[nodiscard]] u32 length(u32 segment) const noexcept {
@@ -114,6 +113,13 @@ class KVCache {
     view_.rope_pairing = pairing;
     return *this;
   }
+  /// How the keys are rotated, so that apply() can move them to other positions; null: not known.
+  /// The spec stays the caller's and must outlive the cache's use.
+  KVCache& set_rope(const RopeSpec* rope) noexcept {
+    view_.rope = rope;
+    view_.rope_pairing = rope != nullptr ? rope->pairing : RopePairing::none;
+    return *this;
+  }
   KVCache& set_origin(SegmentId origin) noexcept {
     view_.origin = origin;
     return *this;
@@ -155,7 +161,9 @@ template <Cache C>
   }
 }
 
-/// Checks shapes, lengths, tables and the frozen prefix; touches no row. O(segments + pages).
+/// Checks shapes, lengths, tables, the rotation and the frozen prefix; touches no row. Errors:
+/// invalid_shape, shape_mismatch, invalid_length, invalid_frozen, those of check_rows and
+/// RopeSpec::check, and invalid_rope when rope and rope_pairing disagree. O(segments + pages).
 [[nodiscard]] inline Status check_cache(const CacheView& cache) noexcept {
   if (cache.segments == 0) return StatusCode::invalid_shape;
   if (cache.keys.heads != cache.segments || cache.values.heads != cache.segments) {
@@ -173,6 +181,12 @@ template <Cache C>
   KVLEAN_RETURN_IF_ERROR(check_rows(cache.keys, longest));
   KVLEAN_RETURN_IF_ERROR(check_rows(cache.values, longest));
   if (cache.frozen > shortest) return StatusCode::invalid_frozen;
+  if (cache.rope != nullptr) {
+    KVLEAN_RETURN_IF_ERROR(cache.rope->check(cache.keys.width));
+    if (cache.rope_pairing != RopePairing::none && cache.rope_pairing != cache.rope->pairing) {
+      return StatusCode::invalid_rope;
+    }
+  }
   return StatusCode::ok;
 }
 

@@ -14,6 +14,7 @@ enum PlanNeeds : u32 {
   needs_moved_keys = 1u << 2,      ///< key rows are rewritten, not just selected
   needs_changed_values = 1u << 3,  ///< value rows are rewritten
   needs_new_positions = 1u << 4,   ///< slots get positions of their own
+  needs_aligned_terms = 1u << 5,   ///< each term's key is turned to its slot's position first
 };
 
 /// What to do to one layer, as data. Pointers lead into the workspace it was planned in; the struct
@@ -31,6 +32,19 @@ enum PlanNeeds : u32 {
 /// self_weight says otherwise. A token is an anchor or a term, never both. Terms may lie anywhere
 /// in the same segment. Literal rows (fitted keys or values), when present, replace the blend: row
 /// j of head s of `literal_keys` / `literal_values` is slot j's key / value.
+///
+/// Positions and rotation. Without `position` a slot stands where its anchor does; with it, slot j
+/// stands at the position given, ascending within a segment. When the cache knows its rotation
+/// (CacheView::rope), keys follow, in float and before the one rounding of the store:
+///   without needs_aligned_terms  the blend of keys as they lie is turned by
+///                                slot position - anchor position, so merging and renumbering
+///                                commute; without `position` nothing is turned
+///   with needs_aligned_terms     each source is turned by slot position - its own position, then
+///                                blended; without `position` the anchor is not turned
+/// Literal keys are at the slot's position already. A slot that neither blends nor turns keeps its
+/// anchor's bits.
+/// Without a rotation, `position` renumbers the positions array only, and needs_aligned_terms is
+/// refused. Values are never turned.
 struct CompressionPlan {
   u32 segments = 0;
   u32 needs = needs_nothing;     ///< PlanNeeds bits
@@ -51,6 +65,7 @@ struct CompressionPlan {
   Rows literal_values = {};
   u32 page_tokens = 0;           ///< > 0: anchors are whole pages of this many tokens
   u32* slots_evicted = nullptr;  ///< [segments] or null: slots dropped after all merges were used
+  i32 next_position = -1;        ///< the cache's next position from then on; negative: as it is
 
   [[nodiscard]] u64 num_slots() const noexcept { return segments == 0 ? 0 : first[segments]; }
   [[nodiscard]] bool has_terms() const noexcept { return term_begin != nullptr; }

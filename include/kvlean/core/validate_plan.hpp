@@ -14,11 +14,29 @@ namespace detail {
 [[nodiscard]] inline bool slot_has_terms(const CompressionPlan& plan, u64 slot) noexcept {
   return plan.has_terms() && plan.term_begin[slot] < plan.term_end[slot];
 }
-/// Whether a slot's key is anything but its anchor's.
-[[nodiscard]] inline bool key_changes(const CompressionPlan& plan, u64 slot) noexcept {
+/// Position a slot will have.
+[[nodiscard]] inline i32 slot_position(const CompressionPlan& plan, const CacheView& cache,
+                                       u32 segment, u64 slot) noexcept {
+  return plan.position != nullptr ? plan.position[slot]
+                                  : cache.position(segment, plan.anchor[slot]);
+}
+/// Whether a slot's key is anything but its anchor's, its position left aside.
+[[nodiscard]] inline bool key_blends(const CompressionPlan& plan, u64 slot) noexcept {
   return plan.has_literal_keys() ||
          ((plan.needs & needs_moved_keys) != 0 &&
           (slot_has_terms(plan, slot) || plan.key_self_weight(slot) != 1.0f));
+}
+/// Whether keys are turned when their slots move.
+[[nodiscard]] inline bool keys_turn(const CompressionPlan& plan, const CacheView& cache) noexcept {
+  return plan.position != nullptr && cache.rope != nullptr &&
+         cache.rope->pairing != RopePairing::none;
+}
+/// Whether a slot's key row is anything but its anchor's: blended, replaced or turned.
+[[nodiscard]] inline bool key_changes(const CompressionPlan& plan, const CacheView& cache,
+                                      u32 segment, u64 slot) noexcept {
+  return key_blends(plan, slot) ||
+         (keys_turn(plan, cache) &&
+          plan.position[slot] != cache.position(segment, plan.anchor[slot]));
 }
 /// Whether a slot's value is anything but its anchor's.
 [[nodiscard]] inline bool value_changes(const CompressionPlan& plan, u64 slot) noexcept {
@@ -50,7 +68,7 @@ class AnchorSearch {
 [[nodiscard]] inline Status check_plan_arrays(const CompressionPlan& plan,
                                               const CacheView& cache) noexcept {
   constexpr u32 known = needs_ragged_lengths | needs_log_mass | needs_moved_keys |
-                        needs_changed_values | needs_new_positions;
+                        needs_changed_values | needs_new_positions | needs_aligned_terms;
   if (plan.segments != cache.segments || (plan.needs & ~known) != 0)
     return StatusCode::invalid_plan;
   if (plan.length == nullptr || plan.first == nullptr || plan.first[0] != 0) {
@@ -69,6 +87,7 @@ class AnchorSearch {
   if (ragged != asks(needs_ragged_lengths)) return StatusCode::invalid_plan;
   if ((plan.log_mass != nullptr) != asks(needs_log_mass)) return StatusCode::invalid_plan;
   if ((plan.position != nullptr) != asks(needs_new_positions)) return StatusCode::invalid_plan;
+  if (asks(needs_aligned_terms) && cache.rope == nullptr) return StatusCode::needs_rope;
   if ((plan.term_begin == nullptr) != (plan.term_end == nullptr)) return StatusCode::invalid_plan;
 
   const auto literal_fits = [&](const Rows& rows, u32 width) noexcept {
@@ -112,6 +131,10 @@ class AnchorSearch {
       return StatusCode::invalid_plan;
     }
   }
+  if (plan.next_position >= 0 && plan.length[s] != 0 &&
+      slot_position(plan, cache, s, plan.first[s + 1] - 1) >= plan.next_position) {
+    return StatusCode::invalid_plan;
+  }
   return StatusCode::ok;
 }
 
@@ -120,7 +143,7 @@ class AnchorSearch {
   if (plan.length[s] < cache.frozen) return StatusCode::frozen_token_changed;
   for (u32 j = 0; j < cache.frozen; ++j) {
     const u64 slot = plan.first[s] + j;
-    const bool same = plan.anchor[slot] == j && !key_changes(plan, slot) &&
+    const bool same = plan.anchor[slot] == j && !key_blends(plan, slot) &&
                       !value_changes(plan, slot) &&
                       (plan.position == nullptr || plan.position[slot] == cache.position(s, j)) &&
                       (plan.log_mass == nullptr || plan.log_mass[slot] == cache.mass_bias(s, j));
@@ -186,11 +209,12 @@ class AnchorSearch {
 /// Checks a plan against the cache it is for: every rule of CompressionPlan, that the needs bits
 /// say what the arrays do, and that frozen tokens stay as they are. Touches no row and takes no
 /// memory. needs_ragged_lengths, needs_log_mass and needs_new_positions must be set exactly when
-/// lengths differ or the array is there; needs_moved_keys and needs_changed_values may be set
-/// without need.
+/// lengths differ or the array is there; needs_moved_keys, needs_changed_values and
+/// needs_aligned_terms may be set without need. A next position must lie past every slot's.
 ///
 /// Errors: those of check_cache; frozen_token_changed when a frozen token is dropped, moved,
-/// merged, given another position or log mass, or there are literal rows; invalid_plan otherwise.
+/// merged, given another position or log mass, or there are literal rows; needs_rope
+/// (needs_aligned_terms and a cache without a rotation); invalid_plan otherwise.
 /// O(slots + terms) when terms come in token order, O(slots + terms * log slots) at worst.
 [[nodiscard]] inline Status validate_plan(const CompressionPlan& plan,
                                           const CacheView& cache) noexcept {

@@ -61,6 +61,8 @@ struct Observation {
   Ragged<const float> external = {};  ///< [kv_head][token] scores computed elsewhere
   Rows output_projection = {};  ///< [query_head][dim][hidden]: W_O of each query head, or empty
   u32 observers = 0;            ///< queries that `mass` was summed over; 0: unknown
+  Ragged<const float> mass_observers =
+      {};  ///< [kv_head][token] the same of each token, where they differ; else empty
 };
 
 /// Reads query i of a query head as float. O(width).
@@ -108,6 +110,16 @@ template <Tensor Q>
   Observation seen;
   seen.mass = mass;
   seen.observers = observers;
+  return seen;
+}
+
+/// The same where every token has a count of its own, as a cache that lives through decoding keeps
+/// it: `mass_observers` [kv_head][token], rounded to whole queries, at least 1.
+[[nodiscard]] inline Observation observe_mass(Ragged<const float> mass,
+                                              Ragged<const float> mass_observers) noexcept {
+  Observation seen;
+  seen.mass = mass;
+  seen.mass_observers = mass_observers;
   return seen;
 }
 

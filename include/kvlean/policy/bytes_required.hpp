@@ -15,6 +15,7 @@ struct PlanShape {
   std::size_t tokens = 0;           ///< of the longest segment
   std::size_t key_dim = 0;          ///< elements of a key row
   std::size_t workers = 1;          ///< of the executor
+  std::size_t total_tokens = 0;     ///< of all segments and layers; 0: all as long as the longest
 };
 
 /// Workspace bytes that planning with any shipped policy takes at most, plan and scratch together:
@@ -23,7 +24,7 @@ struct PlanShape {
 /// maximum, nearest-key search); Workspace::high_water_bytes() tells what one policy really used.
 [[nodiscard]] constexpr std::size_t plan_bytes_required(const PlanShape& shape) noexcept {
   const std::size_t segments = shape.num_layers * shape.num_kv_heads;
-  const std::size_t slots = segments * shape.tokens;
+  const std::size_t slots = shape.total_tokens != 0 ? shape.total_tokens : segments * shape.tokens;
   const std::size_t heads =
       shape.num_kv_heads == 0 ? 0 : shape.num_query_heads / shape.num_kv_heads;
   // Per token of every layer: scores (rank, mass, observers) 12; states 3; anchor 4, log mass 4,

@@ -16,7 +16,7 @@ KVLEAN_NAMESPACE_BEGIN
 /// Every stage the library ships, for choosing at run time.
 using AnyScorer =
     std::variant<H2OScorer, SnapKVScorer, StreamingLLMScorer, TOVAScorer, KeyNormScorer,
-                 RandomScorer, ObservedAttentionScorer, ExternalScorer>;
+                 RandomScorer, ObservedAttentionScorer, RKVScorer, ExternalScorer>;
 using AnyAllocator = std::variant<UniformAllocator, AdaKVAllocator, AdaKVLayersAllocator,
                                   PyramidAllocator<>, PyramidAllocator<AdaKVAllocator>>;
 using AnyReducer =
@@ -49,6 +49,14 @@ class AnyPolicy : public PolicyInterface<AnyPolicy> {
       return std::visit([&](const auto& stage) noexcept { return stage.allocate(layers, context); },
                         *static_cast<const AnyAllocator*>(self));
     };
+    stages.everything_fits = [](const void* self, std::span<const LayerLimits> layers,
+                                const Context& context) noexcept {
+      return std::visit(
+          [&](const auto& stage) noexcept {
+            return kvlean::everything_fits(stage, layers, context);
+          },
+          *static_cast<const AnyAllocator*>(self));
+    };
     stages.reduce = [](const void* self, const CacheView& cache, const Scores& scores,
                        const u32* limit, Context& context, CompressionPlan& plan) noexcept {
       return std::visit(
@@ -80,6 +88,7 @@ inline constexpr NamedStage<AnyScorer> scorer_names[] = {
     {"random", "seeded random", RandomScorer{}},
     {"observed_attention", "mean attention per query that could see the token",
      ObservedAttentionScorer{}},
+    {"rkv", "attention of the last 8 queries, less the similarity to other keys", RKVScorer{}},
     {"external", "scores that the caller supplies", ExternalScorer{}},
 };
 
@@ -102,6 +111,10 @@ inline constexpr NamedStage<AnyReducer> reducer_names[] = {
     {"kvmerger", "KVMerger, exact slots, convex, no log mass", KVMergerReducer{}},
     {"kvmerger_mass", "the same with log(count) as log mass",
      KVMergerReducer{.log_mass = LogMass::log_count}},
+    {"kvmerger_aligned", "kvmerger_mass with keys turned to the slot's position before they blend",
+     KVMergerReducer{.log_mass = LogMass::log_count, .keys = MergedKeys::aligned}},
+    {"kvmerger_pivot", "kvmerger_mass with keys left alone: the pivot's key stands for its set",
+     KVMergerReducer{.log_mass = LogMass::log_count, .keys = MergedKeys::pivot}},
     {"kvmerger_threshold", "KVMerger, neighbours above cosine 0.75, at most the budget",
      KVMergerReducer{.form = KVMergerForm::threshold}},
     {"kvmerger_paper", "the same as printed: sigma 5, values times the set size",
@@ -135,11 +148,16 @@ inline constexpr NamedPolicy policy_names[] = {
     {"tova", "TOVA: attention of the last query", "tova+uniform+evict"},
     {"knorm", "key norm", "knorm+uniform+evict"},
     {"observed_attention", "mean attention per observer", "observed_attention+uniform+evict"},
+    {"rkv", "R-KV: important and not redundant, for long reasoning", "rkv+uniform+evict"},
     {"pyramidkv", "PyramidKV: SnapKV with falling layer budgets", "snapkv+pyramid+evict"},
     {"adakv", "Ada-SnapKV: SnapKV with budgets per head", "snapkv+adakv+evict"},
     {"cam", "CaM over StreamingLLM", "streaming_llm+uniform+cam"},
     {"kvmerger", "KVMerger, exact slots", "h2o+uniform+kvmerger"},
     {"kvmerger_mass", "KVMerger with log(count) as log mass", "h2o+uniform+kvmerger_mass"},
+    {"kvmerger_aligned", "KVMerger with log(count) and keys aligned before they blend",
+     "h2o+uniform+kvmerger_aligned"},
+    {"kvmerger_pivot", "KVMerger with log(count) and the pivots' keys",
+     "h2o+uniform+kvmerger_pivot"},
     {"kvmerger_threshold", "KVMerger, threshold form", "h2o+uniform+kvmerger_threshold"},
     {"kvmerger_paper", "KVMerger as printed", "h2o+uniform+kvmerger_paper"},
     {"d2o", "D2O-style merging over H2O scores", "h2o+uniform+d2o"},

@@ -13,6 +13,7 @@
 #include "kvlean/score/h2o.hpp"
 #include "kvlean/score/key_norm.hpp"
 #include "kvlean/score/random.hpp"
+#include "kvlean/score/rkv.hpp"
 #include "kvlean/score/snapkv.hpp"
 #include "kvlean/score/streaming_llm.hpp"
 #include "kvlean/score/tova.hpp"
@@ -51,6 +52,12 @@ struct KeyNormPolicy : Policy<KeyNormScorer, UniformAllocator, EvictReducer> {
 /// Seeded random choice among the unprotected: the baseline every scorer must beat.
 struct RandomPolicy : Policy<RandomScorer, UniformAllocator, EvictReducer> {
   constexpr RandomPolicy() noexcept : Policy({}, {}, {}) {}
+};
+
+/// R-KV (arXiv 2505.24133): importance less redundancy, meant for decoding: the authors compress
+/// every 128 tokens (BudgetedOptions::compress_every) and keep the last 8.
+struct RKVPolicy : Policy<RKVScorer, UniformAllocator, EvictReducer> {
+  constexpr RKVPolicy() noexcept : Policy({}, {}, {}) {}
 };
 
 /// PyramidKV (arXiv 2406.02069): SnapKV scores, linearly falling layer budgets.

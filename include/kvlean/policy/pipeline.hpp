@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <span>
 
+#include "kvlean/allocate/shares.hpp"
 #include "kvlean/core/concepts.hpp"
 #include "kvlean/score/observed_mass.hpp"
 
@@ -20,6 +21,10 @@ struct PolicyStages {
                   Context& context, Scores& scores) noexcept = nullptr;
   Status (*allocate)(const void* self, std::span<LayerLimits> layers,
                      Context& context) noexcept = nullptr;
+  /// Whether the allocator would let every segment keep all of its tokens, told by nominals and
+  /// lengths alone; null: when each nominal covers its segment.
+  bool (*everything_fits)(const void* self, std::span<const LayerLimits> layers,
+                          const Context& context) noexcept = nullptr;
   Status (*reduce)(const void* self, const CacheView& cache, const Scores& scores, const u32* limit,
                    Context& context, CompressionPlan& plan) noexcept = nullptr;
   bool wants_mass = false;                ///< the reducer reads attention mass: accumulated, if the
@@ -42,6 +47,20 @@ void read_reducer_traits(const R& reducer, PolicyStages& stages) noexcept {
   }
 }
 
+/// Whether an allocator lets every segment keep all of its tokens. Asks its optional
+/// `bool everything_fits(std::span<const LayerLimits>, const Context&) const noexcept`, which reads
+/// no scores: for those that share slots among segments. Without it each nominal must cover its
+/// segment.
+template <Allocator A>
+[[nodiscard]] bool everything_fits(const A& allocator, std::span<const LayerLimits> layers,
+                                   const Context& context) noexcept {
+  if constexpr (requires { allocator.everything_fits(layers, context); }) {
+    return allocator.everything_fits(layers, context);
+  } else {
+    return detail::allocation::each_fits(layers);
+  }
+}
+
 /// Points at three stage structs, which must outlive the result.
 template <Scorer S, Allocator A, Reducer R>
 [[nodiscard]] PolicyStages stages_of(const S& scorer, const A& allocator,
@@ -56,6 +75,10 @@ template <Scorer S, Allocator A, Reducer R>
   };
   stages.allocate = [](const void* self, std::span<LayerLimits> layers, Context& context) noexcept {
     return static_cast<const A*>(self)->allocate(layers, context);
+  };
+  stages.everything_fits = [](const void* self, std::span<const LayerLimits> layers,
+                              const Context& context) noexcept {
+    return everything_fits(*static_cast<const A*>(self), layers, context);
   };
   stages.reduce = [](const void* self, const CacheView& cache, const Scores& scores,
                      const u32* limit, Context& context, CompressionPlan& plan) noexcept {
@@ -73,9 +96,10 @@ struct LayerWork {
   u32* floor = nullptr;
 };
 
-// Nominal slots and floors of one layer. True when every token fits.
+// Nominal slots and floors of one layer. `alike` becomes false when its heads can't keep everything
+// and share counts or tokens.
 inline Status start_layer(const CacheView& cache, const Budget& budget, const PlanOptions& options,
-                          Workspace& workspace, LayerWork& work, bool& everything_fits) noexcept {
+                          Workspace& workspace, LayerWork& work, bool& alike) noexcept {
   KVLEAN_RETURN_IF_ERROR(check_cache(cache));
   if (options.sharing.kind == SharingKind::whole_pages && options.sharing.page_tokens == 0) {
     return StatusCode::invalid_option;
@@ -85,11 +109,9 @@ inline Status start_layer(const CacheView& cache, const Budget& budget, const Pl
   if (work.limit == nullptr || work.floor == nullptr) return workspace.exhausted();
   for (u32 s = 0; s < cache.segments; ++s) {
     const u32 length = cache.length(s);
-    work.limit[s] = budget.slots_for(length);
+    work.limit[s] = budget.nominal_for(length);
     work.floor[s] = std::min(length, std::max(1u, options.protection.count(length, cache.frozen)));
-    // Heads of different lengths can't keep everything and share counts or tokens.
-    const bool alike = options.sharing.kind == SharingKind::per_head || length == cache.length(0);
-    everything_fits = everything_fits && work.limit[s] == length && alike;
+    alike = alike && (options.sharing.kind == SharingKind::per_head || length == cache.length(0));
   }
   return StatusCode::ok;
 }
@@ -119,6 +141,19 @@ inline Status score_layer(const PolicyStages& stages, const CacheView& cache,
     return observe_mass_into(cache, seen, GroupReduction::mean, context, scores);
   }
   return StatusCode::ok;
+}
+
+// No limit exceeds its segment, whatever the allocator. Whether all limits allow all tokens.
+inline bool clamp_limits(std::span<LayerLimits> layers) noexcept {
+  bool everything = true;
+  for (const LayerLimits& layer : layers) {
+    for (u32 s = 0; s < layer.cache->segments; ++s) {
+      const u32 length = layer.cache->length(s);
+      everything = everything && layer.limit[s] >= length;
+      layer.limit[s] = std::min(layer.limit[s], length);
+    }
+  }
+  return everything;
 }
 
 // Sharing forms other than per_head give every head of a layer the same limit.
@@ -178,26 +213,32 @@ namespace detail {
   LayerWork* work = workspace.take<LayerWork>(count);
   LayerLimits* limits = workspace.take<LayerLimits>(count);
   if (work == nullptr || limits == nullptr) return workspace.exhausted();
-  bool everything_fits = true;
-  for (u32 l = 0; l < count; ++l) {
-    work[l] = LayerWork{};
-    KVLEAN_RETURN_IF_ERROR(
-        start_layer(layers[l], budget, options, workspace, work[l], everything_fits));
-  }
-  if (stages.keeps_everything || (everything_fits && stages.identity_at_full_budget)) {
+  const auto keep_everything = [&]() noexcept -> Status {
     for (u32 l = 0; l < count; ++l) {
       KVLEAN_RETURN_IF_ERROR(identity_plan(layers[l], options.sharing, workspace, plans[l]));
     }
     return StatusCode::ok;
-  }
+  };
+  bool alike = true;
   for (u32 l = 0; l < count; ++l) {
-    Context context{workspace, options, options.layer + l, num_layers};
-    KVLEAN_RETURN_IF_ERROR(score_layer(stages, layers[l], seen[l], context, work[l].scores));
+    work[l] = LayerWork{};
+    KVLEAN_RETURN_IF_ERROR(start_layer(layers[l], budget, options, workspace, work[l], alike));
     limits[l] = LayerLimits{&work[l].scores, &layers[l], work[l].limit, work[l].floor};
   }
+  const std::span<LayerLimits> all(limits, count);
   Context context{workspace, options, options.layer, num_layers};
-  KVLEAN_RETURN_IF_ERROR(
-      stages.allocate(stages.allocator, std::span<LayerLimits>(limits, count), context));
+  const bool may_be_identity = alike && stages.identity_at_full_budget;
+  const bool everything_fits = stages.everything_fits != nullptr
+                                   ? stages.everything_fits(stages.allocator, all, context)
+                                   : allocation::each_fits(all);
+  if (stages.keeps_everything || (everything_fits && may_be_identity)) return keep_everything();
+  for (u32 l = 0; l < count; ++l) {
+    context.layer = options.layer + l;
+    KVLEAN_RETURN_IF_ERROR(score_layer(stages, layers[l], seen[l], context, work[l].scores));
+  }
+  context.layer = options.layer;
+  KVLEAN_RETURN_IF_ERROR(stages.allocate(stages.allocator, all, context));
+  if (clamp_limits(all) && may_be_identity) return keep_everything();
   for (u32 l = 0; l < count; ++l) {
     if (options.sharing.kind != SharingKind::per_head) {
       KVLEAN_RETURN_IF_ERROR(equalise_limits(layers[l], work[l]));

@@ -18,11 +18,13 @@ enum class D2OWeights : u8 {
 /// threshold of a segment starts as the mean of its dropped tokens' similarities m and then follows
 /// tau = momentum * tau + (1 - momentum) * m. It is state, so the caller holds it between steps:
 /// `threshold` [segments], NaN or unset before the first call, updated by reduce(); null starts
-/// anew each time. Keys of protected tokens do not move, so they do not receive. O(dropped * kept *
-/// d).
+/// anew each time. Keys of protected tokens do not move, so they do not receive. Similarities are
+/// those of the keys as they lie; `keys` says how they blend (aligned: needs_rope where the cache
+/// has no RopeSpec). O(dropped * kept * d).
 struct D2OReducer {
   D2OWeights weights = D2OWeights::paper;
-  float momentum = 0.5f;             ///< in [0, 1]
+  float momentum = 0.5f;  ///< in [0, 1]
+  MergedKeys keys = MergedKeys::blended;
   const float* threshold = nullptr;  ///< [layer planned][segment]; or null
   float* next_threshold = nullptr;   ///< the same shape; or null; may equal `threshold`
   u32 threshold_stride = 0;          ///< from layer to layer
@@ -30,6 +32,7 @@ struct D2OReducer {
   [[nodiscard]] Status reduce(const CacheView& cache, const Scores& scores, const u32* limit,
                               Context& context, CompressionPlan& plan) const noexcept {
     if (!(momentum >= 0.0f && momentum <= 1.0f)) return StatusCode::invalid_option;
+    if (keys == MergedKeys::aligned && cache.rope == nullptr) return StatusCode::needs_rope;
     KeptTokens kept;
     KVLEAN_RETURN_IF_ERROR(select_kept(cache, scores, limit, 0.0f, context, kept));
     KVLEAN_RETURN_IF_ERROR(plan_kept(cache, kept, context, plan));
@@ -51,7 +54,7 @@ struct D2OReducer {
       return nearest.cosine(s, token) >= bar[s];
     });
     if (next_threshold != nullptr) std::copy_n(bar, cache.segments, next_threshold + row);
-    plan.needs |= needs_moved_keys | needs_changed_values;
+    plan.needs |= needs_changed_values | detail::key_needs(keys);
     for (u32 s = 0; s < cache.segments; ++s) blend_segment(cache, nearest, s, plan);
     return StatusCode::ok;
   }

@@ -30,6 +30,7 @@ struct KVMergerReducer {
   float fixed_sigma = 5.0f;  ///< Sigma::fixed only; > 0
   ValueScale values = ValueScale::convex;
   LogMass log_mass = LogMass::none;
+  MergedKeys keys = MergedKeys::blended;
   double recent_fraction = -1.0;  ///< of the length; negative: the paper's preset for the budget
   double heavy_fraction = -1.0;   ///< of the length; negative: the paper's preset for the budget
   i64 recent_tokens = -1;         ///< a count instead of recent_fraction
@@ -41,6 +42,7 @@ struct KVMergerReducer {
 
   /// invalid_option: a fraction above 1, a NaN, a fixed sigma that is not positive, or
   /// paper_set_size together with log mass (each corrects for the set's size: never both).
+  /// reduce() also returns needs_rope: aligned keys of a cache that has no RopeSpec.
   [[nodiscard]] Status check() const noexcept {
     const bool fractions = recent_fraction <= 1.0 && heavy_fraction <= 1.0;
     const bool width = sigma != Sigma::fixed || (std::isfinite(fixed_sigma) && fixed_sigma > 0.0f);
@@ -56,6 +58,10 @@ struct KVMergerReducer {
   [[nodiscard]] Status reduce(const CacheView& cache, const Scores& scores, const u32* limit,
                               Context& context, CompressionPlan& plan) const noexcept {
     KVLEAN_RETURN_IF_ERROR(check());
+    RopeRotation rotation;
+    if (keys == MergedKeys::aligned) {
+      KVLEAN_RETURN_IF_ERROR(detail::prepare_alignment(cache, rotation));
+    }
     Workspace& workspace = context.workspace;
     const Ragged<float> score = scores.has_mass ? scores.mass : scores.rank;
     const bool shared = context.options.sharing.shares_tokens();
@@ -87,8 +93,8 @@ struct KVMergerReducer {
       const u32 workers = std::max<u32>(context.options.executor.workers, 1);
       float* cosine = workspace.take<float>(static_cast<std::size_t>(workers) * longest);
       float* other = workspace.take<float>(shared ? longest : 0);
-      u64* keys = workspace.take<u64>(static_cast<std::size_t>(workers) * longest);
-      if (cosine == nullptr || other == nullptr || keys == nullptr) return workspace.exhausted();
+      u64* order = workspace.take<u64>(static_cast<std::size_t>(workers) * longest);
+      if (cosine == nullptr || other == nullptr || order == nullptr) return workspace.exhausted();
       parallel_for(context.options.executor, tasks, [&](u32 worker, u32 s) noexcept {
         const std::size_t at = static_cast<std::size_t>(worker) * longest;
         const u32 length = cache.length(s);
@@ -106,7 +112,7 @@ struct KVMergerReducer {
           slots[s] =
               form_sets(form, soft_protection(length, limit[s]), cosine + at, row, scores.has_mass,
                         length, limit[s], cache.frozen, context.options.protection,
-                        state + first[s], linked + first[s], keys + at, evicted[s]);
+                        state + first[s], linked + first[s], order + at, evicted[s]);
         }
       });
       if (context.options.sharing.kind == SharingKind::equal_count) {
@@ -121,7 +127,7 @@ struct KVMergerReducer {
           slots[s] = form_sets(KVMergerForm::slots, soft_protection(cache.length(s), limit[s]),
                                cosine + at, score.segment(s), scores.has_mass, cache.length(s),
                                most, cache.frozen, context.options.protection, state + first[s],
-                               linked + first[s], keys + at, evicted[s]);
+                               linked + first[s], order + at, evicted[s]);
         });
       }
     }
@@ -152,7 +158,7 @@ struct KVMergerReducer {
     if (merges) {
       const bool scaled = values == ValueScale::paper_set_size;
       KVLEAN_RETURN_IF_ERROR(begin_terms(plan.num_terms, scaled, workspace, plan));
-      plan.needs |= needs_moved_keys | needs_changed_values;
+      plan.needs |= needs_changed_values | detail::key_needs(keys);
     }
     const bool with_mass = cache.log_mass || (merges && log_mass != LogMass::none);
     if (with_mass) {
@@ -161,8 +167,8 @@ struct KVMergerReducer {
       plan.needs |= needs_log_mass;
     }
     parallel_for(context.options.executor, cache.segments, [&](u32, u32 s) noexcept {
-      merge_segment(cache, s, shared ? mean : score.segment(s), state + first[s], linked + first[s],
-                    pages ? kept.keep.segment(s) : nullptr, first_term[s], plan);
+      merge_segment(cache, rotation, s, shared ? mean : score.segment(s), state + first[s],
+                    linked + first[s], pages ? kept.keep.segment(s) : nullptr, first_term[s], plan);
     });
     return StatusCode::ok;
   }
@@ -170,21 +176,23 @@ struct KVMergerReducer {
  private:
   u32 form_sets(KVMergerForm kind, KVMergerCounts soft, const float* cosine, const float* score,
                 bool is_mass, u32 length, u32 limit, u32 frozen, const Protection& protection,
-                u8* state, u8* linked, u64* keys, u32& evicted) const noexcept {
+                u8* state, u8* linked, u64* order, u32& evicted) const noexcept {
     evicted = 0;
     if (length == 0) return 0;
-    detail::mark_protected(soft, protection, frozen, score, length, limit, state, keys);
+    detail::mark_protected(soft, protection, frozen, score, length, limit, state, order);
     const bool limited = kind == KVMergerForm::slots || enforce_limit;
     const u32 excess = limited ? length - std::min(limit, length) : 0;
     evicted = detail::evict_unscored(score, length, excess, state);
     linked[length - 1] = 0;
-    const u32 links = kind == KVMergerForm::slots
-                          ? detail::link_best(cosine, state, length, excess - evicted, linked, keys)
-                          : detail::link_above(cosine, state, length, epsilon, linked);
+    const u32 links =
+        kind == KVMergerForm::slots
+            ? detail::link_best(cosine, state, length, excess - evicted, linked, order)
+            : detail::link_above(cosine, state, length, epsilon, linked);
     const u32 sets = length - evicted - links;
     if (limited && sets > limit) {
       const u32 least = sets - limit;
-      const u32 gone = detail::evict_least_sets(score, is_mass, linked, length, least, state, keys);
+      const u32 gone =
+          detail::evict_least_sets(score, is_mass, linked, length, least, state, order);
       evicted += gone;
       return sets - gone;
     }
@@ -204,9 +212,9 @@ struct KVMergerReducer {
   }
 
   // Walks the runs of linked tokens and writes one slot a run (or, with `keep`, one a kept token).
-  void merge_segment(const CacheView& cache, u32 s, const float* score, const u8* state,
-                     const u8* linked, const u8* keep, u64 next_term,
-                     CompressionPlan& plan) const noexcept {
+  void merge_segment(const CacheView& cache, const RopeRotation& rotation, u32 s,
+                     const float* score, const u8* state, const u8* linked, const u8* keep,
+                     u64 next_term, CompressionPlan& plan) const noexcept {
     const u32 length = cache.length(s);
     u64 slot = plan.first[s];
     for (u32 begin = 0; begin < length;) {
@@ -219,13 +227,13 @@ struct KVMergerReducer {
           if (pivot == end || score_key(score[t]) > score_key(score[pivot])) pivot = t;
         }
         if (keep == nullptr) {
-          write_slot(cache, s, pivot, begin, end, nullptr, slot++, next_term, plan);
+          write_slot(cache, rotation, s, pivot, begin, end, nullptr, slot++, next_term, plan);
         } else {
           for (u32 t = begin; t < end; ++t) {
             if (keep[t] == 0) continue;
             const bool receives = t == pivot;
-            write_slot(cache, s, t, receives ? begin : t, receives ? end : t + 1, keep, slot++,
-                       next_term, plan);
+            write_slot(cache, rotation, s, t, receives ? begin : t, receives ? end : t + 1, keep,
+                       slot++, next_term, plan);
           }
         }
       }
@@ -234,8 +242,9 @@ struct KVMergerReducer {
   }
 
   // The members of [begin, end) but the pivot (and, with `keep`, the kept ones) become its terms.
-  void write_slot(const CacheView& cache, u32 s, u32 pivot, u32 begin, u32 end, const u8* keep,
-                  u64 slot, u64& next_term, CompressionPlan& plan) const noexcept {
+  void write_slot(const CacheView& cache, const RopeRotation& rotation, u32 s, u32 pivot, u32 begin,
+                  u32 end, const u8* keep, u64 slot, u64& next_term,
+                  CompressionPlan& plan) const noexcept {
     plan.anchor[slot] = pivot;
     float self = 1.0f;
     u32 members = 0;
@@ -248,8 +257,8 @@ struct KVMergerReducer {
       }
       float* term_weight = plan.term_weight + next_term;
       if (members != 0) {
-        self = detail::gaussian_weights(cache, s, pivot, term, members, sigma, fixed_sigma,
-                                        term_weight);
+        self = detail::gaussian_weights(cache, rotation, s, pivot, term, members, sigma,
+                                        fixed_sigma, term_weight);
       }
       token = term;
       weight = term_weight;

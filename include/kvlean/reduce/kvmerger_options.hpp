@@ -33,6 +33,14 @@ enum class LogMass : u8 {
   entropy,    ///< entropy of the weights: by Jensen never more than the set's true mass
 };
 
+/// What becomes of the keys that merge. Stored keys are rotated to their positions, so keys of
+/// different positions differ even where the tokens are alike.
+enum class MergedKeys : u8 {
+  blended,  ///< blended as they lie: as published
+  aligned,  ///< turned to the slot's position first, then blended; the cache must know its RoPE
+  pivot,    ///< the slot keeps its anchor's key; only values merge
+};
+
 /// Fractions of a segment that KVMerger protects besides sinks and recent tokens.
 struct KVMergerProtection {
   double recent = 0.0;

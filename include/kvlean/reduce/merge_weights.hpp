@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "kvlean/core/kv_cache.hpp"
+#include "kvlean/core/plan.hpp"
 #include "kvlean/reduce/kvmerger_options.hpp"
 #include "kvlean/simd/row_math.hpp"
 
@@ -52,13 +53,29 @@ class MassSum {
   double entropy_ = 0.0;
 };
 
+/// What a plan needs for the keys of merged slots.
+[[nodiscard]] constexpr u32 key_needs(MergedKeys keys) noexcept {
+  if (keys == MergedKeys::pivot) return needs_nothing;
+  return keys == MergedKeys::aligned ? u32{needs_moved_keys} | u32{needs_aligned_terms}
+                                     : u32{needs_moved_keys};
+}
+
+/// Makes ready to turn keys of this cache. Errors: needs_rope, those of RopeSpec::check.
+[[nodiscard]] inline Status prepare_alignment(const CacheView& cache,
+                                              RopeRotation& rotation) noexcept {
+  if (cache.rope == nullptr) return StatusCode::needs_rope;
+  return rotation.prepare(*cache.rope, cache.keys.width);
+}
+
 /// Gaussian kernel weights of a merging set (arXiv 2407.08454, algorithm 2):
 ///   g_i = exp(-|k_p - k_i|^2 / (2 sigma^2)),  w_i = n_i g_i / sum n_j g_j
 /// where n_i is the number of tokens that member i already stands for. The paper's sigma is defined
 /// by the g it defines; Sigma's modes replace it. `member` are the tokens but the pivot, `weight`
-/// receives theirs; the pivot's weight is returned. O(|S| * d).
-inline float gaussian_weights(const CacheView& cache, u32 s, u32 pivot, const u32* member,
-                              u32 members, Sigma sigma, float fixed_sigma, float* weight) noexcept {
+/// receives theirs; the pivot's weight is returned. Keys are compared at the pivot's position where
+/// `rotation` was prepared, as they lie otherwise. O(|S| * d).
+inline float gaussian_weights(const CacheView& cache, const RopeRotation& rotation, u32 s,
+                              u32 pivot, const u32* member, u32 members, Sigma sigma,
+                              float fixed_sigma, float* weight) noexcept {
   float pivot_key[max_row_width];
   float key[max_row_width];
   const u32 width = cache.keys.width;
@@ -67,6 +84,11 @@ inline float gaussian_weights(const CacheView& cache, u32 s, u32 pivot, const u3
   double sum_squares = 0.0;
   for (u32 i = 0; i < members; ++i) {
     load_row(cache.keys, s, member[i], key);
+    if (rotation.pairs() != 0) {
+      RopeTurn turn;
+      rotation.turn_by(i64{cache.position(s, pivot)} - i64{cache.position(s, member[i])}, turn);
+      rotation.rotate(turn, key);
+    }
     weight[i] = row_math::squared_distance(pivot_key, key, width);
     sum_distance += std::sqrt(static_cast<double>(weight[i]));
     sum_squares += weight[i];

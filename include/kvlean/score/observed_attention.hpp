@@ -33,8 +33,14 @@ struct ObservedAttentionScorer {
                                 seen_by);
       }
       for (u32 t = 0; t < length; ++t) {
-        const u32 observers =
-            seen.mass ? detail::ready_made_observers(cache, s, t, seen.observers) : seen_by[t];
+        u32 observers = 0;
+        if (!seen.mass) {
+          observers = seen_by[t];
+        } else if (seen.mass_observers) {
+          observers = detail::whole_observers(seen.mass_observers(s, t));
+        } else {
+          observers = detail::ready_made_observers(cache, s, t, seen.observers);
+        }
         rank[t] = observers != 0 ? mass[t] / static_cast<float>(observers) : mass[t];
       }
     }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <cmath>
 
 #include "kvlean/core/concepts.hpp"
 #include "kvlean/observe/attention_mass.hpp"
@@ -51,6 +52,13 @@ inline void set_observers(const CacheView& cache, const Queries& queries,
   return static_cast<u32>(std::max<i64>(std::min(newer, most), 1));
 }
 
+/// A count of queries that is kept as a float: rounded, at least 1; NaN is 1.
+[[nodiscard]] inline u32 whole_observers(float count) noexcept {
+  if (!(count >= 1.0f)) return 1;
+  constexpr float most = 4294967040.0f;  // the largest float that a u32 can hold
+  return static_cast<u32>(std::floor(static_cast<double>(std::min(count, most)) + 0.5));
+}
+
 /// scores.mass becomes the attention received: seen.mass where given, else the sum over the
 /// reference queries.
 [[nodiscard]] inline Status observe_mass_into(const CacheView& cache, const Observation& seen,
@@ -61,6 +69,15 @@ inline void set_observers(const CacheView& cache, const Queries& queries,
       std::copy_n(seen.mass.segment(s), cache.length(s), scores.mass.segment(s));
     }
     scores.has_mass = scores.mass_is_accumulated = true;
+    if (seen.mass_observers) {
+      scores.has_observers = static_cast<bool>(scores.observers);
+      for (u32 s = 0; scores.has_observers && s < cache.segments; ++s) {
+        std::transform(seen.mass_observers.segment(s),
+                       seen.mass_observers.segment(s) + cache.length(s),
+                       scores.observers.segment(s), whole_observers);
+      }
+      return StatusCode::ok;
+    }
     // Without positions a compressed cache does not tell how old a token is.
     const bool whole = cache.positions || static_cast<i64>(cache.next_position) ==
                                               static_cast<i64>(cache.max_length());
