@@ -29,8 +29,8 @@ struct LayerBytes {
 };
 
 /// If the plans use log mass: plans again with fewer slots until the bytes, log mass included, are
-/// at most those of plain eviction to `slots` slots a head. `plan_again(slots)` rewrites `plans` and
-/// returns a Status.
+/// at most those of plain eviction to `slots` slots a head. `plan_again(slots)` rewrites `plans`
+/// and returns a Status.
 template <class PlanAgain>
 [[nodiscard]] Status plan_equal_bytes(std::span<const LayerBytes> layers, u32 slots,
                                       std::span<const CompressionPlan> plans,

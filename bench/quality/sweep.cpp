@@ -11,6 +11,7 @@
 #include <thread>
 
 #include "bench/io/plan_json.hpp"
+#include "bench/quality/bytes.hpp"
 #include "bench/quality/prepared.hpp"
 #include "bench/quality/streaming.hpp"
 #include "kvlean/attention/error_measures.hpp"
@@ -18,10 +19,6 @@
 
 namespace kvlean::bench {
 namespace {
-
-constexpr u64 bytes_per_head = 8;      // an offset and a length
-constexpr u64 bytes_per_position = 4;  // a slot
-constexpr u64 bytes_per_log_mass = 4;  // a slot, where used
 
 /// What a thread reuses from job to job, so that no job pays for fresh memory.
 struct Worker {
@@ -50,13 +47,8 @@ struct Tally {
   double seconds_apply = 0.0;
 };
 
-u64 bytes_before(const PreparedLayer& layer) {
-  return layer.prefix.total_length() * layer.row_bytes();
-}
-
-u64 bytes_of(const PreparedLayer& layer, u64 slots, bool log_mass) {
-  const u64 slot = layer.row_bytes() + bytes_per_position + (log_mass ? bytes_per_log_mass : 0);
-  return slots * slot + bytes_per_head * layer.prefix.segments;
+LayerBytes bytes_of(const PreparedLayer& layer) {
+  return {layer.row_bytes(), layer.prefix.segments, layer.prefix.total_length()};
 }
 
 /// The error of the future queries once the context is `compressed`: they attend to all of it and,
@@ -103,42 +95,6 @@ Status plan_all(const std::vector<PreparedLayer>& layers, const BenchPolicy& ent
                            budget, workspace, std::span<CompressionPlan>(plans), options);
 }
 
-bool uses_log_mass(const std::vector<CompressionPlan>& plans) {
-  return std::any_of(plans.begin(), plans.end(),
-                     [](const CompressionPlan& plan) { return plan.log_mass != nullptr; });
-}
-
-/// Plans again with fewer slots until the bytes, log mass included, are at most those of plain
-/// eviction at `budget`.
-Status plan_equal_bytes(const std::vector<PreparedLayer>& layers, const BenchPolicy& entry,
-                        const Budget& budget, const PlanOptions& options, Workspace& workspace,
-                        std::vector<CompressionPlan>& plans) {
-  const PreparedLayer& first = layers.front();
-  u64 allowed = 0;
-  for (const PreparedLayer& layer : layers) {
-    const u64 slots = u64{budget.slots_for(layer.prefix.uniform_length)} * layer.prefix.segments;
-    allowed += bytes_of(layer, slots, false);
-  }
-  const auto used = [&] {
-    u64 bytes = 0;
-    for (std::size_t l = 0; l < layers.size(); ++l) {
-      bytes += bytes_of(layers[l], plans[l].num_slots(), plans[l].log_mass != nullptr);
-    }
-    return bytes;
-  };
-  u32 slots = budget.slots_for(first.prefix.uniform_length);
-  const u64 plain = first.row_bytes() + bytes_per_position;
-  u32 next = static_cast<u32>(slots * plain / (plain + bytes_per_log_mass));
-  while (uses_log_mass(plans) && used() > allowed && slots > 0) {
-    slots = std::min(next, slots - 1);
-    next = slots;
-    workspace.reset();
-    KVLEAN_RETURN_IF_ERROR(
-        plan_all(layers, entry, Budget::slots(slots), options, workspace, plans));
-  }
-  return StatusCode::ok;
-}
-
 /// One policy once: plan, apply, measure.
 Status run_planned(const std::vector<PreparedLayer>& layers, const BenchPolicy& entry,
                    const Budget& budget, const PlanOptions& options, bool equal_bytes,
@@ -149,8 +105,13 @@ Status run_planned(const std::vector<PreparedLayer>& layers, const BenchPolicy& 
   KVLEAN_RETURN_IF_ERROR(plan_all(layers, entry, budget, options, worker.workspace, plans));
   tally.seconds_plan += plan_watch.seconds();
   if (equal_bytes) {
-    KVLEAN_RETURN_IF_ERROR(
-        plan_equal_bytes(layers, entry, budget, options, worker.workspace, plans));
+    std::vector<LayerBytes> bytes;
+    for (const PreparedLayer& layer : layers) bytes.push_back(bytes_of(layer));
+    KVLEAN_RETURN_IF_ERROR(plan_equal_bytes(
+        bytes, budget.slots_for(layers.front().prefix.uniform_length), plans, [&](u32 slots) {
+          worker.workspace.reset();
+          return plan_all(layers, entry, Budget::slots(slots), options, worker.workspace, plans);
+        }));
   }
   for (std::size_t l = 0; l < layers.size(); ++l) {
     const PreparedLayer& layer = layers[l];
@@ -164,7 +125,7 @@ Status run_planned(const std::vector<PreparedLayer>& layers, const BenchPolicy& 
     tally.seconds_apply += apply_watch.seconds();
     KVLEAN_RETURN_IF_ERROR(measure(layer, compressed.view(), worker, tally));
     tally.slots += plan.num_slots();
-    tally.bytes_after += bytes_of(layer, plan.num_slots(), plan.log_mass != nullptr);
+    tally.bytes_after += bytes_of(layer).after(plan);
     for (u32 s = 0; plan.slots_evicted != nullptr && s < plan.segments; ++s) {
       tally.slots_evicted += plan.slots_evicted[s];
     }
@@ -183,7 +144,7 @@ Status run_streamed(const std::vector<PreparedLayer>& layers, const Budget& budg
     KVLEAN_RETURN_IF_ERROR(stream_cam(layer, slots, options, worker.workspace, compressed, times));
     KVLEAN_RETURN_IF_ERROR(measure(layer, compressed.view(), worker, tally));
     tally.slots += compressed.total_length();
-    tally.bytes_after += bytes_of(layer, compressed.total_length(), false);
+    tally.bytes_after += bytes_of(layer).after(compressed.total_length(), false);
     tally.seconds_plan += times.seconds_plan;
     tally.seconds_apply += times.seconds_apply;
   }
@@ -210,7 +171,7 @@ Record run_job(const Input& input, const std::vector<PreparedLayer>& layers,
   u64 tokens = 0;
   for (const PreparedLayer& layer : layers) {
     tokens += layer.prefix.total_length();
-    record.bytes_before += bytes_before(layer);
+    record.bytes_before += bytes_of(layer).before();
   }
   const Budget budget = Budget::fraction(fraction);
   PlanOptions plan_options;

@@ -50,6 +50,41 @@ struct HeadRows {
   }
 };
 
+/// "kq-12" is the score node of layer 12; "kq-12 (view)" is something else.
+inline std::optional<std::size_t> layer_of(std::string_view name, std::string_view prefix) {
+  if (!name.starts_with(prefix)) return std::nullopt;
+  name.remove_prefix(prefix.size());
+  std::size_t layer = 0;
+  const auto [end, code] = std::from_chars(name.data(), name.data() + name.size(), layer);
+  if (code != std::errc() || end != name.data() + name.size()) return std::nullopt;
+  return layer;
+}
+
+/// Whether the bytes of a float tensor can be read here.
+inline bool is_readable(const ggml_tensor* tensor) {
+  if (tensor == nullptr || tensor->type != GGML_TYPE_F32 || tensor->data == nullptr ||
+      tensor->ne[3] != 1) {
+    return false;
+  }
+  const ggml_backend_buffer_t buffer = tensor->buffer == nullptr && tensor->view_src != nullptr
+                                           ? tensor->view_src->buffer
+                                           : tensor->buffer;
+  return buffer != nullptr && ggml_backend_buffer_is_host(buffer);
+}
+
+/// Copies `count` floats that lie `step` bytes apart, from byte `offset` of a tensor on.
+inline void copy_floats(const ggml_tensor* from, std::size_t offset, std::size_t step, float* to,
+                        std::size_t count) {
+  const char* source = static_cast<const char*>(from->data) + offset;
+  if (step == sizeof(float)) {
+    std::memcpy(to, source, count * sizeof(float));
+    return;
+  }
+  for (std::size_t i = 0; i < count; ++i) {
+    std::memcpy(to + i, source + i * step, sizeof(float));
+  }
+}
+
 /// What the tap saw of one layer.
 struct TappedLayer {
   bool has_scores = false;   ///< its score node was seen; q and k are filled if it was selected
@@ -59,12 +94,15 @@ struct TappedLayer {
   double attention_scale = 0.0;
   double logit_softcap = 0.0;  ///< 0: none
   double rope_theta = 0.0;     ///< 0: no rotary node was recognised
+  std::size_t rope_dims = 0;   ///< rotated elements of a row
+  bool rope_scaled = false;    ///< the rotation is stretched in some way
   HeadRows q;
   HeadRows k;
   HeadRows v;
-  HeadRows output;         ///< [query heads, tokens, value dim]
-  std::size_t hidden = 0;  ///< rows of wo; 0 if it was not asked for or not found
-  std::vector<float> wo;   ///< [hidden, query heads * value dim]
+  HeadRows output;           ///< [query heads, tokens, value dim]; tokens from `output_from` on
+  std::vector<double> mass;  ///< [kv heads, tokens] attention received so far, mean over the group
+  std::size_t hidden = 0;    ///< rows of wo; 0 if it was not asked for or not found
+  std::vector<float> wo;     ///< [hidden, query heads * value dim]
 };
 
 /// The evaluation callback of a llama.cpp context and what it collects. Call `begin_batch` ahead of
@@ -78,6 +116,8 @@ class AttentionTap {
     std::set<std::size_t> selected;  ///< layers whose tensors are copied
     bool keep_output = false;        ///< also the engine's attention output
     bool keep_wo = false;            ///< also the weights of the output projection
+    std::size_t output_from = 0;     ///< of the tokens from this one on
+    bool keep_mass = false;          ///< also the attention that every token receives
   };
 
   /// Forgets everything and prepares for a run.
@@ -92,6 +132,9 @@ class AttentionTap {
     count_ = count;
   }
 
+  /// Whether the next batches add to the attention mass.
+  void keep_mass(bool keep) { options_.keep_mass = keep; }
+
   /// What was seen, by layer.
   const std::vector<TappedLayer>& layers() const { return layers_; }
   std::vector<TappedLayer>& layers() { return layers_; }
@@ -103,16 +146,6 @@ class AttentionTap {
 
  private:
   enum class Kind { other, scores, softmax, output };
-
-  /// "kq-12" is the score node of layer 12; "kq-12 (view)" is something else.
-  static std::optional<std::size_t> layer_of(std::string_view name, std::string_view prefix) {
-    if (!name.starts_with(prefix)) return std::nullopt;
-    name.remove_prefix(prefix.size());
-    std::size_t layer = 0;
-    const auto [end, code] = std::from_chars(name.data(), name.data() + name.size(), layer);
-    if (code != std::errc() || end != name.data() + name.size()) return std::nullopt;
-    return layer;
-  }
 
   static float float_parameter(const ggml_tensor* node, std::size_t index) {
     float value = 0.0f;
@@ -163,10 +196,14 @@ class AttentionTap {
       const std::size_t dash = name.rfind('-');
       const auto index =
           dash == std::string_view::npos ? std::nullopt : layer_of(name.substr(dash), "-");
-      constexpr std::size_t rope_base_parameter = 5;
       if (index && *index < layers_.size()) {
-        layers_[*index].rope_theta =
-            static_cast<double>(float_parameter(node, rope_base_parameter));
+        // Of the node's parameters: 1 rotated elements, 5 base, 6 scale, 7 extrapolation factor,
+        // 8 attention factor.
+        TappedLayer& layer = layers_[*index];
+        layer.rope_theta = static_cast<double>(float_parameter(node, 5));
+        layer.rope_dims = static_cast<std::size_t>(node->op_params[1]);
+        layer.rope_scaled = node->src[2] != nullptr || float_parameter(node, 6) != 1.0f ||
+                            float_parameter(node, 7) != 0.0f || float_parameter(node, 8) != 1.0f;
       }
     } else if (options_.keep_wo && node->op == GGML_OP_MUL_MAT) {
       constexpr std::string_view tail = ".attn_output.weight";
@@ -195,18 +232,6 @@ class AttentionTap {
     layer.hidden = static_cast<std::size_t>(weight->ne[1]);
   }
 
-  /// Whether the bytes of a float tensor can be read here.
-  static bool readable(const ggml_tensor* tensor) {
-    if (tensor == nullptr || tensor->type != GGML_TYPE_F32 || tensor->data == nullptr ||
-        tensor->ne[3] != 1) {
-      return false;
-    }
-    const ggml_backend_buffer_t buffer = tensor->buffer == nullptr && tensor->view_src != nullptr
-                                             ? tensor->view_src->buffer
-                                             : tensor->buffer;
-    return buffer != nullptr && ggml_backend_buffer_is_host(buffer);
-  }
-
   static float element(const ggml_tensor* tensor, std::size_t i0, std::size_t i1, std::size_t i2) {
     float value = 0.0f;
     std::memcpy(&value,
@@ -221,16 +246,15 @@ class AttentionTap {
   }
 
   /// Copies the batch's tokens from a tensor whose axes are given, tokens starting at `offset`.
-  void copy_rows(const ggml_tensor* from, int token_axis, std::size_t offset, HeadRows& to) const {
+  /// Tokens before `from_token` are left out, and the rows count from it.
+  void copy_rows(const ggml_tensor* from, int token_axis, std::size_t offset, HeadRows& to,
+                 std::size_t from_token = 0) const {
     const int dim_axis = 1 - token_axis;
-    to.resize(extent(from, 2), options_.tokens, extent(from, dim_axis));
+    to.resize(extent(from, 2), options_.tokens - from_token, extent(from, dim_axis));
     for (std::size_t head = 0; head < to.heads; ++head) {
-      for (std::size_t i = 0; i < count_; ++i) {
-        float* row = to.row(head, first_ + i);
-        for (std::size_t d = 0; d < to.dim; ++d) {
-          row[d] = token_axis == 0 ? element(from, offset + i, d, head)
-                                   : element(from, d, offset + i, head);
-        }
+      for (std::size_t i = first_ < from_token ? from_token - first_ : 0; i < count_; ++i) {
+        copy_floats(from, (offset + i) * from->nb[token_axis] + head * from->nb[2],
+                    from->nb[dim_axis], to.row(head, first_ + i - from_token), to.dim);
       }
     }
   }
@@ -239,7 +263,7 @@ class AttentionTap {
   std::string read_scores(const ggml_tensor* node, TappedLayer& layer) const {
     const ggml_tensor* keys = node->src[0];
     const ggml_tensor* queries = node->src[1];
-    if (!readable(keys) || !readable(queries) || extent(queries, 1) != count_ ||
+    if (!is_readable(keys) || !is_readable(queries) || extent(queries, 1) != count_ ||
         extent(keys, 1) < first_ + count_ || extent(queries, 2) % extent(keys, 2) != 0) {
       return "lays out its queries and keys in a way this program does not know";
     }
@@ -252,14 +276,43 @@ class AttentionTap {
   /// output [dim, tokens, query heads] = values [cells, dim, kv heads] . weights
   std::string read_output(const ggml_tensor* node, TappedLayer& layer) const {
     const ggml_tensor* values = node->src[0];
-    if (!readable(values) || !readable(node) || extent(node, 1) != count_ ||
+    if (!is_readable(values) || !is_readable(node) || extent(node, 1) != count_ ||
         extent(values, 0) < first_ + count_) {
       return "lays out its values in a way this program does not know";
     }
     copy_rows(values, 0, first_, layer.v);
-    if (options_.keep_output) copy_rows(node, 1, 0, layer.output);
+    if (options_.keep_output && first_ + count_ > options_.output_from) {
+      copy_rows(node, 1, 0, layer.output, options_.output_from);
+    }
     layer.has_output = true;
     return {};
+  }
+
+  /// Adds what the batch's queries paid to every token. Few rows are summed in float, then in
+  /// double: the same accuracy however long the text.
+  void add_mass(const ggml_tensor* node, TappedLayer& layer) const {
+    constexpr std::size_t rows_at_a_time = 32;
+    const std::size_t heads = layer.k.heads;
+    const std::size_t group = extent(node, 2) / heads;
+    const std::size_t cells = first_ + count_;
+    if (layer.mass.empty()) layer.mass.assign(heads * options_.tokens, 0.0);
+    std::vector<float> sum(cells);
+    for (std::size_t head = 0; head < extent(node, 2); ++head) {
+      double* total = layer.mass.data() + head / group * options_.tokens;
+      for (std::size_t begin = 0; begin < count_; begin += rows_at_a_time) {
+        const std::size_t end = std::min(count_, begin + rows_at_a_time);
+        std::fill(sum.begin(), sum.end(), 0.0f);
+        for (std::size_t i = begin; i < end; ++i) {
+          const auto* row = reinterpret_cast<const float*>(static_cast<const char*>(node->data) +
+                                                           i * node->nb[1] + head * node->nb[2]);
+          const std::size_t visible = first_ + i + 1;
+          for (std::size_t cell = 0; cell < visible; ++cell) sum[cell] += row[cell];
+        }
+        for (std::size_t cell = 0; cell < cells; ++cell) {
+          total[cell] += static_cast<double>(sum[cell]) / static_cast<double>(group);
+        }
+      }
+    }
   }
 
   /// Scale, softcap and mask; what a capture cannot represent is a problem.
@@ -290,13 +343,18 @@ class AttentionTap {
       layer.attention_scale = static_cast<double>(static_cast<float>(product));
     }
     layer.has_softmax = true;
-    return check_mask(node->src[1]);
+    std::string problem = check_mask(node->src[1]);
+    if (problem.empty() && options_.keep_mass && layer.has_scores) {
+      if (!is_readable(node) || node->nb[0] != sizeof(float)) return "has no weights to be read";
+      add_mass(node, layer);
+    }
+    return problem;
   }
 
   /// Cell c must be position c, and a query must see exactly the cells up to its own. The first and
   /// the last query of the batch are looked at.
   std::string check_mask(const ggml_tensor* mask) const {
-    if (!readable(mask) || extent(mask, 1) < count_ || extent(mask, 0) < first_ + count_ ||
+    if (!is_readable(mask) || extent(mask, 1) < count_ || extent(mask, 0) < first_ + count_ ||
         extent(mask, 2) != 1) {
       return "has no attention mask that this program can read";
     }

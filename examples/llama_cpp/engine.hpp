@@ -9,11 +9,13 @@
 #include <algorithm>
 #include <array>
 #include <cerrno>
+#include <cmath>
 #include <cstddef>
 #include <cstdint>
 #include <cstdio>
 #include <cstdlib>
 #include <cstring>
+#include <ctime>
 #include <limits>
 #include <memory>
 #include <span>
@@ -28,6 +30,13 @@ namespace kvlean::llama_cpp {
 
 using io::Outcome;
 using io::Result;
+
+/// Processor time of this process: a clock that other programs do not disturb. Seconds.
+inline double processor_seconds() {
+  std::timespec now = {};
+  clock_gettime(CLOCK_PROCESS_CPUTIME_ID, &now);
+  return static_cast<double>(now.tv_sec) + 1e-9 * static_cast<double>(now.tv_nsec);
+}
 
 struct ModelDeleter {
   void operator()(llama_model* model) const { llama_model_free(model); }
@@ -136,10 +145,13 @@ struct ContextOptions {
   int threads = 1;
   ggml_backend_sched_eval_callback on_node = nullptr;
   void* on_node_data = nullptr;
+  std::size_t sequences = 1;  ///< that share one cache
+  ggml_type cache_type = GGML_TYPE_F32;
+  bool flash_attention = false;
 };
 
-/// Opens a context whose attention can be read and is exact: cache in F32, no flash attention,
-/// sliding-window layers with a cache of full length, everything on the CPU.
+/// Opens a context. With the default options its attention can be read and is exact: cache in F32,
+/// no flash attention, sliding-window layers with a cache of full length, everything on the CPU.
 inline Result<Context> open_context(llama_model* model, const ContextOptions& options) {
   llama_context_params params = llama_context_default_params();
   params.n_ctx = static_cast<std::uint32_t>(options.tokens);
@@ -147,9 +159,12 @@ inline Result<Context> open_context(llama_model* model, const ContextOptions& op
   params.n_ubatch = static_cast<std::uint32_t>(options.batch);
   params.n_threads = options.threads;
   params.n_threads_batch = options.threads;
-  params.flash_attn_type = LLAMA_FLASH_ATTN_TYPE_DISABLED;
-  params.type_k = GGML_TYPE_F32;
-  params.type_v = GGML_TYPE_F32;
+  params.flash_attn_type =
+      options.flash_attention ? LLAMA_FLASH_ATTN_TYPE_ENABLED : LLAMA_FLASH_ATTN_TYPE_DISABLED;
+  params.type_k = options.cache_type;
+  params.type_v = options.cache_type;
+  params.n_seq_max = static_cast<std::uint32_t>(options.sequences);
+  params.kv_unified = options.sequences > 1;
   params.swa_full = true;
   params.offload_kqv = false;
   params.op_offload = false;
@@ -164,6 +179,93 @@ inline Result<Context> open_context(llama_model* model, const ContextOptions& op
                                     (why.empty() ? why : ": " + why));
   }
   return Result<Context>::success(std::move(context));
+}
+
+/// An evaluation callback whose receiver can change while the context lives: open the context with
+/// `on_node` and a pointer to the switch. Without a receiver the engine runs undisturbed, but for
+/// what set_exact_gelu() says.
+class NodeSwitch {
+ public:
+  /// `receiver` has the static function on_node(node, ask, receiver).
+  template <class Receiver>
+  void set(Receiver& receiver) {
+    receive_ = Receiver::on_node;
+    receiver_ = &receiver;
+  }
+  void clear() { receive_ = nullptr; }
+  /// Whether gated GELU is computed anew, in float. llama.cpp looks it up in a table by the
+  /// argument rounded to F16; one rounding that tips over is then larger than any other in the
+  /// graph.
+  void set_exact_gelu(bool exact) { exact_gelu_ = exact; }
+
+  static bool on_node(ggml_tensor* node, bool ask, void* self) {
+    const NodeSwitch& own = *static_cast<NodeSwitch*>(self);
+    if (own.exact_gelu_ && is_gated_gelu(node)) {
+      if (!ask) compute_gated_gelu(node);
+      return true;
+    }
+    return own.receive_ != nullptr ? own.receive_(node, ask, own.receiver_) : !ask;
+  }
+
+ private:
+  static bool is_gated_gelu(const ggml_tensor* node) {
+    return node->op == GGML_OP_GLU && ggml_get_glu_op(node) == GGML_GLU_OP_GEGLU &&
+           node->type == GGML_TYPE_F32 && node->src[1] != nullptr && ggml_is_contiguous(node) &&
+           ggml_is_contiguous(node->src[0]) && ggml_is_contiguous(node->src[1]);
+  }
+  /// gelu(gate) * up, with the tanh form of GELU as in ggml.
+  static void compute_gated_gelu(const ggml_tensor* node) {
+    const auto* gate = static_cast<const float*>(node->src[0]->data);
+    const auto* up = static_cast<const float*>(node->src[1]->data);
+    auto* output = static_cast<float*>(node->data);
+    for (std::int64_t i = 0; i < ggml_nelements(node); ++i) {
+      const float x = gate[i];
+      const float inner = 0.79788456080286535588f * x * (1.0f + 0.044715f * x * x);
+      output[i] = 0.5f * x * (1.0f + std::tanh(inner)) * up[i];
+    }
+  }
+
+  ggml_backend_sched_eval_callback receive_ = nullptr;
+  void* receiver_ = nullptr;
+  bool exact_gelu_ = false;
+};
+
+/// Tokens to be evaluated together, each with a place in a sequence.
+class Batch {
+ public:
+  explicit Batch(std::size_t capacity)
+      : batch_(llama_batch_init(static_cast<std::int32_t>(capacity), 0, 1)), capacity_(capacity) {}
+  ~Batch() { llama_batch_free(batch_); }
+  Batch(const Batch&) = delete;
+  Batch& operator=(const Batch&) = delete;
+
+  void clear() { batch_.n_tokens = 0; }
+  [[nodiscard]] std::size_t size() const { return static_cast<std::size_t>(batch_.n_tokens); }
+  [[nodiscard]] std::size_t capacity() const { return capacity_; }
+  /// There must be room. `logits`: the prediction after this token is wanted.
+  void add(llama_token token, llama_pos position, llama_seq_id sequence, bool logits) {
+    const std::int32_t i = batch_.n_tokens++;
+    batch_.token[i] = token;
+    batch_.pos[i] = position;
+    batch_.n_seq_id[i] = 1;
+    batch_.seq_id[i][0] = sequence;
+    batch_.logits[i] = logits ? 1 : 0;
+  }
+  [[nodiscard]] const llama_batch& view() const { return batch_; }
+
+ private:
+  llama_batch batch_;
+  std::size_t capacity_;
+};
+
+/// Evaluates a batch. Fails if the engine does.
+inline Outcome decode(llama_context* context, const Batch& batch) {
+  detail::first_complaint().clear();
+  const int code = llama_decode(context, batch.view());
+  if (code == 0) return Outcome{};
+  const std::string& why = detail::first_complaint();
+  return Outcome{"llama.cpp could not evaluate the text (code " + std::to_string(code) + ")" +
+                 (why.empty() ? why : ": " + why)};
 }
 
 /// A metadata value of the model, as text; empty if it has none of that key.
@@ -241,18 +343,16 @@ template <class Before>
 Outcome evaluate(llama_context* context, std::span<llama_token> tokens, std::size_t batch,
                  Before&& before) {
   llama_memory_clear(llama_get_memory(context), true);
+  Batch tokens_of_batch(batch);
   for (std::size_t first = 0; first < tokens.size(); first += batch) {
     const std::span<llama_token> part =
         tokens.subspan(first, std::min(batch, tokens.size() - first));
     before(first, part.size());
-    detail::first_complaint().clear();
-    const llama_batch view =
-        llama_batch_get_one(part.data(), static_cast<std::int32_t>(part.size()));
-    if (const int code = llama_decode(context, view); code != 0) {
-      const std::string& why = detail::first_complaint();
-      return Outcome{"llama.cpp could not evaluate the text (code " + std::to_string(code) + ")" +
-                     (why.empty() ? why : ": " + why)};
+    tokens_of_batch.clear();
+    for (std::size_t i = 0; i < part.size(); ++i) {
+      tokens_of_batch.add(part[i], static_cast<llama_pos>(first + i), 0, i + 1 == part.size());
     }
+    if (Outcome done = decode(context, tokens_of_batch); !done) return done;
   }
   return Outcome{};
 }

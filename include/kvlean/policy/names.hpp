@@ -82,6 +82,8 @@ struct NamedStage {
 inline constexpr NamedStage<AnyScorer> scorer_names[] = {
     {"h2o", "attention accumulated over all queries seen", H2OScorer{}},
     {"snapkv", "attention of the last 32 queries, average-pooled over 5 tokens", SnapKVScorer{}},
+    {"snapkv_wide", "the same, max-pooled over 31 tokens: keeps whole passages",
+     SnapKVScorer{.kernel = 31, .pooling = Pooling::max}},
     {"streaming_llm", "sinks, then the newest", StreamingLLMScorer{}},
     {"tova", "attention of the last query, mean over all heads", TOVAScorer{}},
     {"knorm", "small key norm", KeyNormScorer{}},
@@ -97,6 +99,8 @@ inline constexpr NamedStage<AnyAllocator> allocator_names[] = {
     {"uniform", "the same for every head", UniformAllocator{}},
     {"adakv", "Ada-KV: one global cut over the heads of a layer, a fifth guaranteed",
      AdaKVAllocator{}},
+    {"adakv_safe", "the same with three fifths guaranteed: for attention that moves on",
+     AdaKVAllocator{.safeguard = 0.6f}},
     {"adakv_layers", "Ada-KV over the heads of all layers", AdaKVLayersAllocator{}},
     {"pyramid", "PyramidKV's layer schedule, totals exact", PyramidAllocator<>{}},
     {"pyramid_adakv", "PyramidKV's schedule over layers, Ada-KV within",
