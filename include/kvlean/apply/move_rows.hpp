@@ -19,13 +19,6 @@ namespace detail {
   return n;
 }
 
-/// Tokens from `token` on whose rows are token_stride apart, at most `limit`. Not for accessors.
-[[nodiscard]] inline u32 straight_tokens(const Rows& rows, u32 token, u32 limit) noexcept {
-  if (rows.order != nullptr) return 1;
-  if (rows.page_table == nullptr) return limit;
-  return std::min(limit, rows.page_tokens - token % rows.page_tokens);
-}
-
 template <std::size_t element>
 void copy_elements(const std::byte* source, std::byte* target, const Rows& from, const Rows& to,
                    u32 count) noexcept {

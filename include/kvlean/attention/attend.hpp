@@ -15,7 +15,7 @@ namespace detail {
                                         const Executor& executor) noexcept {
   KVLEAN_RETURN_IF_ERROR(check_attention(queries, cache, spec, output));
   const u64 rows = static_cast<u64>(queries.rows.heads / cache.segments) * queries.count;
-  const u32 step = AttendTile::fit(cache, attend_max_queries);
+  const u32 step = AttendTile::query_rows(cache);
   const u64 tiles = (rows + step - 1) / step;
   if (tiles * cache.segments > std::numeric_limits<u32>::max()) return StatusCode::invalid_shape;
   parallel_for(executor, static_cast<u32>(tiles * cache.segments), [&](u32, u32 index) noexcept {

@@ -7,35 +7,19 @@
 #include <limits>
 
 #include "kvlean/attention/attention_output.hpp"
+#include "kvlean/core/row_tile.hpp"
 #include "kvlean/observe/visibility.hpp"
 #include "kvlean/simd/row_math.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 namespace detail {
 
-// Three buffers of this size are all the scratch: small enough for a thread's stack and for L1.
+// Queries, sums and a tile of rows share three times this: little enough for a thread's stack, and
+// for the first cache levels.
 inline constexpr u32 attend_tile_floats = 4096;
 inline constexpr u32 attend_max_queries = 32;  // query rows of a group that share a loaded K/V row
-inline constexpr u32 attend_max_tokens = 32;
+inline constexpr u32 attend_max_tokens = 64;
 static_assert(attend_tile_floats >= max_row_width);
-
-/// sum [width] += weight[0] row_0 + .. + weight[count - 1] row_(count - 1) for rows `stride` apart.
-/// Four rows at a time: a quarter of the loads and stores of `sum` that single additions need.
-inline void add_weighted_rows(float* __restrict sum, const float* __restrict rows, u32 stride,
-                              const float* __restrict weight, u32 count, u32 width) noexcept {
-  u32 row = 0;
-  for (; row + 4 <= count; row += 4) {
-    const float* a = rows + row * stride;
-    const float* b = a + stride;
-    const float* c = b + stride;
-    const float* d = c + stride;
-    const float* w = weight + row;
-    for (u32 i = 0; i < width; ++i) {
-      sum[i] += (w[0] * a[i] + w[1] * b[i]) + (w[2] * c[i] + w[3] * d[i]);
-    }
-  }
-  for (; row < count; ++row) row_math::add_scaled(sum, rows + row * stride, weight[row], width);
-}
 
 /// One tile of query rows of one group against everything they see: softmax online over key tiles.
 class AttendTile {
@@ -48,13 +32,20 @@ class AttendTile {
         output_(output),
         shape_(attention_shape(queries, cache)),
         group_size_(queries.rows.heads / cache.segments),
-        tile_tokens_(fit(cache, attend_max_tokens)),
+        kernels_(simd::attention_kernels(spec.target)),
         scale_(spec.scale_for(cache.keys.width)) {}
 
-  /// Query rows or tokens that fit the buffers; depends on the shape only.
+  /// Rows or tokens that fit the buffers; depends on the shape only.
   [[nodiscard]] static u32 fit(const CacheView& cache, u32 limit) noexcept {
     const u32 width = std::max(cache.keys.width, cache.values.width);
     return std::min(limit, attend_tile_floats / width);
+  }
+
+  /// Query rows of a tile: few, or whole blocks of lanes.
+  [[nodiscard]] static u32 query_rows(const CacheView& cache) noexcept {
+    const u32 rows = fit(cache, attend_max_queries);
+    return rows < simd::query_block ? std::min(rows, simd::few_rows)
+                                    : rows / simd::query_block * simd::query_block;
   }
 
   /// Row r of a group is query r / group_size of its head r % group_size: neighbours see nearly the
@@ -63,16 +54,32 @@ class AttendTile {
     segment_ = segment;
     first_row_ = first_row;
     rows_ = rows;
+    share_buffer();
     const TokenRange all = load_queries();
+    if (all.begin < all.end) locate_keys(all.begin, tokens_from(all.begin, all.end));
     for (u32 token = all.begin; token < all.end; token += tile_tokens_) {
-      const u32 tokens = std::min(tile_tokens_, all.end - token);
+      const u32 tokens = tokens_from(token, all.end);
+      locate_values(token, tokens);
       weigh(token, tokens);
+      const u32 next = token + tokens;
+      locate_keys(next, tokens_from(next, all.end));
       if (output_.values != nullptr) blend(token, tokens);
     }
     write();
   }
 
  private:
+  /// Few query rows leave more room for a tile of keys or values. Depends on the shape only.
+  void share_buffer() noexcept {
+    few_ = rows_ <= simd::few_rows;
+    const u32 width = std::max(cache_.keys.width, cache_.values.width);
+    const u32 used = few_ ? (rows_ * width + 15) / 16 * 16 : attend_tile_floats;
+    query_ = buffer_;
+    sum_ = buffer_ + used;
+    tile_ = buffer_ + 2 * used;
+    tile_tokens_ = std::min(attend_max_tokens, (3 * attend_tile_floats - 2 * used) / width);
+  }
+
   static constexpr float infinity = std::numeric_limits<float>::infinity();
 
   [[nodiscard]] u32 query_of(u32 row) const noexcept {
@@ -85,9 +92,13 @@ class AttendTile {
   TokenRange load_queries() noexcept {
     TokenRange all{std::numeric_limits<u32>::max(), 0};
     const u32 width = cache_.keys.width;
+    const u32 padded = padded_query_rows(rows_);
+    if (!few_) std::fill_n(query_, padded * width, 0.0f);
     for (u32 r = 0; r < rows_; ++r) {
-      load_query(queries_, head_of(r), query_of(r), query_ + r * width);
-      row_math::scale(query_ + r * width, scale_, width);
+      float* query = few_ ? query_ + r * width : tile_;
+      load_query(queries_, head_of(r), query_of(r), query);
+      row_math::scale(query, scale_, width);
+      if (!few_) put_query_column(query, width, r, query_, padded);
       visible_[r] = visible_tokens(cache_, segment_, queries_, spec_, query_of(r));
       if (visible_[r].begin < visible_[r].end) {
         all.begin = std::min(all.begin, visible_[r].begin);
@@ -107,71 +118,82 @@ class AttendTile {
     return {begin, end};
   }
 
-  /// Keys [dim][token]: logits then add up over many tokens at once, without horizontal sums.
-  void load_keys(u32 token, u32 tokens) noexcept {
-    float key[max_row_width];
-    for (u32 t = 0; t < tokens; ++t) {
-      load_row(cache_.keys, segment_, token + t, key);
-      for (u32 d = 0; d < cache_.keys.width; ++d) tile_[d * tile_tokens_ + t] = key[d];
-    }
+  [[nodiscard]] u32 tokens_from(u32 token, u32 end) const noexcept {
+    return std::min(tile_tokens_, end - token);
+  }
+
+  // Where the next rows lie in place, to be prefetched by the kernel before the one that reads
+  // them.
+  void locate_keys(u32 token, u32 tokens) noexcept {
+    keys_ahead_ = is_contiguous_row(cache_.keys)
+                      ? point_at_rows(cache_.keys, segment_, token, tokens, key_row_)
+                      : simd::RowPointers{};
+  }
+  void locate_values(u32 token, u32 tokens) noexcept {
+    values_ahead_ = output_.values != nullptr && is_contiguous_row(cache_.values)
+                        ? point_at_rows(cache_.values, segment_, token, tokens, value_row_)
+                        : simd::RowPointers{};
   }
 
   /// Softmax weights of a tile, relative to each row's new maximum.
   void weigh(u32 token, u32 tokens) noexcept {
-    load_keys(token, tokens);
     const u32 width = cache_.keys.width;
+    const simd::FloatRows products{weight_, attend_max_tokens};
+    if (few_) {
+      const TileRows keys = tile_rows(cache_.keys, segment_, token, tokens, key_row_, tile_, false);
+      kernels_.score_few({query_, width}, rows_, keys.rows, keys.dtype, width, values_ahead_,
+                         products);
+    } else {
+      load_rows(cache_.keys, segment_, token, tokens, tile_, width);
+      kernels_.score_many({query_, padded_query_rows(rows_)}, rows_, {tile_, width}, tokens, width,
+                          products);
+    }
     for (u32 r = 0; r < rows_; ++r) {
       const TokenRange range = seen(r, token, tokens);
-      const u32 count = range.end - range.begin;
-      float* weight = weight_ + r * attend_max_tokens + range.begin;
-      std::fill_n(weight, count, 0.0f);
-      add_weighted_rows(weight, tile_ + range.begin, tile_tokens_, query_ + r * width, width,
-                        count);
-      if (spec_.softcap > 0.0f) {
-        for (u32 t = 0; t < count; ++t) {
-          weight[t] = spec_.softcap * std::tanh(weight[t] / spec_.softcap);
-        }
-      }
-      if (cache_.log_mass) {
-        row_math::add_scaled(weight, cache_.log_mass.segment(segment_) + token + range.begin, 1.0f,
-                             count);
-      }
-      normalise(r, weight, count);
+      if (range.begin == range.end) continue;
+      const float* log_mass =
+          cache_.log_mass ? cache_.log_mass.segment(segment_) + token + range.begin : nullptr;
+      normalise(r, weight_ + r * attend_max_tokens + range.begin, range.end - range.begin,
+                log_mass);
     }
   }
 
   /// Logits to weights, online: what was summed so far shrinks when the maximum grows.
-  void normalise(u32 row, float* weight, u32 count) noexcept {
-    float maximum = maximum_[row];
-    for (u32 t = 0; t < count; ++t) maximum = weight[t] > maximum ? weight[t] : maximum;
+  void normalise(u32 row, float* weight, u32 count, const float* log_mass) noexcept {
+    const float maximum = kernels_.logits(weight, count, 1.0f, spec_.softcap, log_mass);
     if (maximum > maximum_[row]) {
       const float shrink = std::exp(maximum_[row] - maximum);
       total_[row] *= static_cast<double>(shrink);
-      row_math::scale(sum_ + row * cache_.values.width, shrink, cache_.values.width);
+      kernels_.scale(sum_ + row * cache_.values.width, cache_.values.width, shrink);
       maximum_[row] = maximum;
     }
     // Only logits of -inf (or NaN, which must show) so far: -inf - -inf would make them NaN.
-    const float shift = maximum == -infinity ? 0.0f : maximum;
-    float total = 0.0f;
-    for (u32 t = 0; t < count; ++t) {
-      weight[t] = std::exp(weight[t] - shift);
-      total += weight[t];
-    }
-    total_[row] += static_cast<double>(total);
+    const float shift = maximum_[row] == -infinity ? 0.0f : maximum_[row];
+    total_[row] += kernels_.exponentials_or_nan(weight, count, shift);
   }
 
-  /// Adds a tile's weighted value rows.
+  /// Adds a tile's weighted value rows. An unseen row is never touched: it may be NaN.
   void blend(u32 token, u32 tokens) noexcept {
     const u32 width = cache_.values.width;
-    for (u32 t = 0; t < tokens; ++t) {
-      load_row(cache_.values, segment_, token + t, tile_ + t * width);
+    const TileRows values =
+        tile_rows(cache_.values, segment_, token, tokens, value_row_, tile_, !few_);
+    for (u32 first = 0; first < rows_;) {
+      const TokenRange range = seen(first, token, tokens);
+      u32 last = first + 1;
+      while (last < rows_ && same(seen(last, token, tokens), range)) ++last;
+      if (range.begin != range.end) {
+        const u32 count = range.end - range.begin;
+        kernels_.blend({weight_ + first * attend_max_tokens + range.begin, attend_max_tokens},
+                       last - first, {values.rows.row + range.begin, count}, values.dtype, width,
+                       first == 0 ? keys_ahead_ : simd::RowPointers{},
+                       {sum_ + first * width, width});
+      }
+      first = last;
     }
-    for (u32 r = 0; r < rows_; ++r) {
-      const TokenRange range = seen(r, token, tokens);
-      add_weighted_rows(sum_ + r * width, tile_ + range.begin * width, width,
-                        weight_ + r * attend_max_tokens + range.begin, range.end - range.begin,
-                        width);
-    }
+  }
+
+  [[nodiscard]] static bool same(TokenRange a, TokenRange b) noexcept {
+    return a.begin == b.begin && a.end == b.end;
   }
 
   void write() noexcept {
@@ -196,18 +218,25 @@ class AttendTile {
   const AttentionOutput& output_;
   AttentionShape shape_;
   u32 group_size_;
-  u32 tile_tokens_;
+  const simd::AttentionKernels& kernels_;
+  u32 tile_tokens_ = 0;
   float scale_;
   u32 segment_ = 0;
   u32 rows_ = 0;
+  bool few_ = true;
   u64 first_row_ = 0;
+  simd::RowPointers keys_ahead_;
+  simd::RowPointers values_ahead_;
+  const std::byte* key_row_[attend_max_tokens];
+  const std::byte* value_row_[attend_max_tokens];
   TokenRange visible_[attend_max_queries];
   float maximum_[attend_max_queries];
   double total_[attend_max_queries];
   alignas(64) float weight_[attend_max_queries * attend_max_tokens];
-  alignas(64) float query_[attend_tile_floats];  // scaled
-  alignas(64) float sum_[attend_tile_floats];    // unnormalised outputs
-  alignas(64) float tile_[attend_tile_floats];   // keys, then values
+  float* query_ = nullptr;  // scaled: rows if few, else columns
+  float* sum_ = nullptr;    // unnormalised outputs
+  float* tile_ = nullptr;   // keys, then values, unless they are read in place
+  alignas(64) float buffer_[3 * attend_tile_floats];
 };
 
 }  // namespace detail

@@ -56,7 +56,8 @@ namespace detail {
   const u32 sign = static_cast<u32>(half & 0x8000u) << 16;
   const u32 magnitude = half & 0x7fffu;
   if (magnitude >= 0x7c00u) {
-    return std::bit_cast<float>(sign | 0x7f800000u | ((magnitude & 0x3ffu) << 13));
+    const u32 quiet = magnitude > 0x7c00u ? 0x400000u : 0u;  // as the hardware's conversions do
+    return std::bit_cast<float>(sign | 0x7f800000u | quiet | ((magnitude & 0x3ffu) << 13));
   }
   if (magnitude < 0x400u) {
     const float value = static_cast<float>(magnitude) * 0x1p-24f;

@@ -2,10 +2,12 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include <algorithm>
 #include <cstddef>
 #include <limits>
 
 #include "kvlean/core/dtype.hpp"
+#include "kvlean/simd/row_kernels.hpp"
 #include "kvlean/status.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
@@ -70,12 +72,12 @@ inline void load_row(const Rows& rows, u32 head, u32 token, float* row) noexcept
     return;
   }
   const std::byte* address = row_address(rows, head, token);
+  if (rows.dim_stride == 1) {
+    simd::row_kernels().load(address, rows.dtype, row, rows.width);
+    return;
+  }
   const i64 step = rows.dim_stride * static_cast<i64>(size_bytes(rows.dtype));
   if (rows.dtype == DType::f32) {
-    if (rows.dim_stride == 1) {
-      std::memcpy(row, address, rows.width * sizeof(float));
-      return;
-    }
     for (u32 i = 0; i < rows.width; ++i, address += step) std::memcpy(row + i, address, 4);
   } else if (rows.dtype == DType::f16) {
     for (u32 i = 0; i < rows.width; ++i, address += step) {
@@ -99,6 +101,10 @@ inline void store_row(const Rows& rows, u32 head, u32 token, const float* row) n
     return;
   }
   std::byte* address = row_address(rows, head, token);
+  if (rows.dim_stride == 1) {
+    simd::row_kernels().store(row, address, rows.dtype, rows.width);
+    return;
+  }
   const i64 step = rows.dim_stride * static_cast<i64>(size_bytes(rows.dtype));
   for (u32 i = 0; i < rows.width; ++i, address += step) store_element(address, rows.dtype, row[i]);
 }
@@ -126,6 +132,17 @@ inline void copy_row(const Rows& from, u32 from_head, u32 from_token, const Rows
   load_row(from, from_head, from_token, row);
   store_row(to, to_head, to_token, row);
 }
+
+namespace detail {
+
+/// Tokens from `token` on whose rows are token_stride apart, at most `limit`. Not for accessors.
+[[nodiscard]] inline u32 straight_tokens(const Rows& rows, u32 token, u32 limit) noexcept {
+  if (rows.order != nullptr) return 1;
+  if (rows.page_table == nullptr) return limit;
+  return std::min(limit, rows.page_tokens - token % rows.page_tokens);
+}
+
+}  // namespace detail
 
 /// Checks everything that shapes and tables can show: null data, zero extents, width, page size,
 /// page entries for the first `tokens` tokens. Does not touch the rows. O(heads * pages).

@@ -12,24 +12,12 @@ KVLEAN_NAMESPACE_BEGIN
 
 namespace detail {
 
-/// total[t] += what rows [first, last) of the tile paid to token t. A block of tokens is summed
-/// over the rows first: long prefills are then added in two levels, which keeps float sums
-/// accurate.
+/// total[t] += what rows [first, last) of the tile paid to token t, summed over the rows first:
+/// long prefills are then added in two levels, which keeps float sums accurate.
 inline void add_tile_rows(const AttentionTile& tile, u32 first, u32 last, float* total) noexcept {
-  constexpr u32 block = 64;
-  for (u32 begin = tile.seen.begin; begin < tile.seen.end; begin += block) {
-    const u32 count = std::min(block, tile.seen.end - begin);
-    float sum[block] = {};
-    for (u32 r = first; r < last; ++r) {
-      const float* row = tile.row(r) + begin;
-      if (count == block) {
-        for (u32 t = 0; t < block; ++t) sum[t] += row[t];
-      } else {
-        for (u32 t = 0; t < count; ++t) sum[t] += row[t];
-      }
-    }
-    for (u32 t = 0; t < count; ++t) total[begin + t] += sum[t];
-  }
+  const u32 begin = tile.seen.begin;
+  tile.kernels->add_rows({tile.row(first) + begin, tile.stride}, last - first,
+                         tile.seen.end - begin, total + begin);
 }
 
 /// Adds the tile's rows of each query head to target(head) [token].

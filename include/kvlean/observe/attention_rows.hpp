@@ -5,10 +5,10 @@
 #include <algorithm>
 #include <limits>
 
+#include "kvlean/core/row_tile.hpp"
 #include "kvlean/observe/attention_scratch.hpp"
 #include "kvlean/observe/softmax_row.hpp"
 #include "kvlean/observe/visibility.hpp"
-#include "kvlean/simd/row_math.hpp"
 
 // Attention probabilities, a tile of queries at a time: what every observing scorer is made of. The
 // N x N matrix never exists.
@@ -27,6 +27,7 @@ struct AttentionTile {
   float lse[attention_query_tile] = {};  ///< log of the softmax denominator, sink included
   const float* probabilities = nullptr;
   u64 stride = 0;
+  const simd::AttentionKernels* kernels = nullptr;  ///< what it was computed with
 
   /// Probabilities of row r, indexed by token.
   [[nodiscard]] const float* row(u32 r) const noexcept { return probabilities + r * stride; }
@@ -34,45 +35,85 @@ struct AttentionTile {
 
 namespace detail {
 
-/// Raw logits q.k of `rows` padded query rows with one padded key, written `out_stride` apart. Two
-/// rows share each key load; the bits are those of row_math::dot.
-inline void dot_query_rows(const float* queries, u32 rows, const float* key, u32 padded_width,
-                           float* out, u64 out_stride) noexcept {
-  constexpr u32 lanes = row_math::lanes;
-  u32 r = 0;
-  for (; r + 2 <= rows; r += 2) {
-    const float* a = queries + static_cast<u64>(r) * padded_width;
-    const float* b = a + padded_width;
-    float lane_a[lanes] = {};
-    float lane_b[lanes] = {};
-    for (u32 i = 0; i < padded_width; i += lanes) {
-      for (u32 j = 0; j < lanes; ++j) lane_a[j] += a[i + j] * key[i + j];
-      for (u32 j = 0; j < lanes; ++j) lane_b[j] += b[i + j] * key[i + j];
-    }
-    out[r * out_stride] = row_math::sum_lanes(lane_a);
-    out[(r + 1) * out_stride] = row_math::sum_lanes(lane_b);
-  }
-  if (r < rows) {
-    out[r * out_stride] =
-        row_math::dot(queries + static_cast<u64>(r) * padded_width, key, padded_width);
+/// Loads the queries that the tile names, as rows if they are few, else as columns for lanes.
+inline void load_tile_queries(const Queries& queries, const AttentionTile& tile,
+                              const AttentionScratch& scratch) noexcept {
+  const u32 width = queries.rows.width;
+  const bool few = tile.rows <= simd::few_rows;
+  const u32 padded = padded_query_rows(tile.rows);
+  if (!few) std::fill_n(scratch.queries, static_cast<u64>(padded) * width, 0.0f);
+  for (u32 r = 0; r < tile.rows; ++r) {
+    float* query = few ? scratch.queries + static_cast<u64>(r) * width : scratch.keys;
+    load_query(queries, tile.query_head[r], tile.query[r], query);
+    if (!few) put_query_column(query, width, r, scratch.queries, padded);
   }
 }
 
-inline void load_padded(const Rows& rows, u32 head, u32 token, float* row, u32 padded) noexcept {
-  load_row(rows, head, token, row);
-  std::fill(row + rows.width, row + padded, 0.0f);
+/// Raw products of the tile's queries with keys [first, first + keys) of a segment.
+inline void score_key_tile(const CacheView& cache, u32 segment, const AttentionTile& tile,
+                           u32 first, u32 keys, const AttentionScratch& scratch) noexcept {
+  const u32 width = cache.keys.width;
+  const simd::FloatRows products{scratch.probabilities + first, scratch.stride};
+  if (tile.rows > simd::few_rows) {
+    load_rows(cache.keys, segment, first, keys, scratch.keys, width);
+    tile.kernels->score_many({scratch.queries, padded_query_rows(tile.rows)}, tile.rows,
+                             {scratch.keys, width}, keys, width, products);
+    return;
+  }
+  const std::byte* pointers[attention_key_tile];
+  const TileRows rows = tile_rows(cache.keys, segment, first, keys, pointers, scratch.keys, false);
+  const std::byte* next[attention_key_tile];
+  const u32 after = std::min(attention_key_tile, tile.seen.end - (first + keys));
+  const simd::RowPointers ahead =
+      is_contiguous_row(cache.keys) ? point_at_rows(cache.keys, segment, first + keys, after, next)
+                                    : simd::RowPointers{};
+  tile.kernels->score_few({scratch.queries, width}, tile.rows, rows.rows, rows.dtype, width, ahead,
+                          products);
+}
+
+/// The tokens of `range` among [first, first + count).
+[[nodiscard]] inline TokenRange part_of(TokenRange range, u32 first, u32 count) noexcept {
+  return {std::clamp(range.begin, first, first + count),
+          std::clamp(range.end, first, first + count)};
+}
+
+/// Multiplies the pieces of a row, each shifted by the largest logit of its time, to probabilities.
+inline void normalise_row(const AttentionTile& tile, u32 r, const SoftmaxRow& softmax,
+                          const float* sink, const AttentionScratch& scratch) noexcept {
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  float* row = scratch.probabilities + r * scratch.stride;
+  const float* shift = scratch.shifts + r * scratch.key_tiles;
+  const TokenRange own = tile.visible[r];
+  if (softmax.largest == inf || softmax.largest == -inf) {  // tiles before the first +inf become 0
+    u32 infinite = sink != nullptr && *sink == inf ? 1 : 0;
+    for (u32 t = own.begin; t < own.end; ++t) infinite += row[t] == inf ? 1 : 0;
+    share_infinite(row + own.begin, own.end - own.begin,
+                   infinite != 0 ? 1.0f / static_cast<float>(infinite) : 0.0f);
+    return;
+  }
+  // The largest logit is found early as a rule: few, long runs share a shift.
+  for (u32 first = tile.seen.begin; first < own.end;) {
+    const float here = *shift;
+    u32 last = first;
+    for (; last < own.end && *shift == here; last += attention_key_tile) ++shift;
+    const TokenRange part = part_of(own, first, last - first);
+    if (here == -inf) {
+      share_infinite(row + part.begin, part.end - part.begin, 0.0f);
+    } else {
+      tile.kernels->scale(row + part.begin, part.end - part.begin, softmax.factor(here));
+    }
+    first = last;
+  }
 }
 
 /// Fills tile.lse and the probabilities of the rows that the tile names.
 inline void compute_tile(const CacheView& cache, u32 segment, const Queries& queries,
                          const AttentionSpec& spec, const AttentionScratch& scratch,
                          AttentionTile& tile) noexcept {
-  const u32 padded = scratch.padded_width;
+  tile.kernels = &simd::attention_kernels(spec.target);
   tile.seen = {std::numeric_limits<u32>::max(), 0};
   for (u32 r = 0; r < tile.rows; ++r) {
     tile.visible[r] = visible_tokens(cache, segment, queries, spec, tile.query[r]);
-    load_padded(queries.rows, tile.query_head[r], queries.first_row + tile.query[r],
-                scratch.queries + static_cast<u64>(r) * padded, padded);
     if (tile.visible[r].begin == tile.visible[r].end) continue;
     tile.seen.begin = std::min(tile.seen.begin, tile.visible[r].begin);
     tile.seen.end = std::max(tile.seen.end, tile.visible[r].end);
@@ -81,49 +122,46 @@ inline void compute_tile(const CacheView& cache, u32 segment, const Queries& que
   for (u32 r = 0; r < tile.rows; ++r) {
     TokenRange& own = tile.visible[r];
     if (own.begin == own.end) own = {tile.seen.begin, tile.seen.begin};
+    const u64 given = static_cast<u64>(tile.query_head[r]) * queries.count + tile.query[r];
+    tile.lse[r] = queries.lse != nullptr ? queries.lse[given] : 0.0f;
   }
 
-  for (u32 first = tile.seen.begin; first < tile.seen.end; first += attention_key_tile) {
-    const u32 keys = std::min(attention_key_tile, tile.seen.end - first);
-    for (u32 t = 0; t < keys; ++t) {
-      load_padded(cache.keys, segment, first + t, scratch.keys + static_cast<u64>(t) * padded,
-                  padded);
-    }
-    // Few queries at a time: they stay in the first cache level while the keys pass by.
-    for (u32 r = 0; r < tile.rows; r += 4) {
-      const u32 rows = std::min(4u, tile.rows - r);
-      u32 begin = first + keys;
-      u32 end = first;
-      for (u32 i = r; i < r + rows; ++i) {
-        begin = std::min(begin, std::max(first, tile.visible[i].begin));
-        end = std::max(end, std::min(first + keys, tile.visible[i].end));
-      }
-      for (u32 t = begin; t < end; ++t) {
-        dot_query_rows(scratch.queries + static_cast<u64>(r) * padded, rows,
-                       scratch.keys + static_cast<u64>(t - first) * padded, padded,
-                       scratch.probabilities + r * scratch.stride + t, scratch.stride);
-      }
-    }
-  }
-
+  // Logits are finished and exponentiated while their tile is in the first cache level.
+  load_tile_queries(queries, tile, scratch);
   const float* log_mass = cache.log_mass ? cache.log_mass.segment(segment) : nullptr;
-  const LogitTransform transform{spec.scale_for(cache.keys.width), spec.softcap};
+  const float scale = spec.scale_for(cache.keys.width);
+  SoftmaxRow softmax[attention_query_tile];
+  u32 piece = 0;
+  for (u32 first = tile.seen.begin; first < tile.seen.end; first += attention_key_tile, ++piece) {
+    const u32 keys = std::min(attention_key_tile, tile.seen.end - first);
+    score_key_tile(cache, segment, tile, first, keys, scratch);
+    for (u32 r = 0; r < tile.rows; ++r) {
+      const TokenRange part = part_of(tile.visible[r], first, keys);
+      const u32 count = part.end - part.begin;
+      float* logits = scratch.probabilities + r * scratch.stride + part.begin;
+      const float maximum =
+          tile.kernels->logits(logits, count, scale, spec.softcap,
+                               log_mass != nullptr ? log_mass + part.begin : nullptr);
+      if (queries.lse != nullptr) {
+        exponentiate(*tile.kernels, logits, count, tile.lse[r]);
+      } else {
+        scratch.shifts[r * scratch.key_tiles + piece] =
+            softmax[r].add(*tile.kernels, logits, count, maximum);
+      }
+    }
+  }
+
   for (u32 r = 0; r < tile.rows; ++r) {
     float* row = scratch.probabilities + r * scratch.stride;
     const TokenRange own = tile.visible[r];
-    const u32 head = tile.query_head[r];
     std::fill(row + tile.seen.begin, row + own.begin, 0.0f);
     std::fill(row + own.end, row + tile.seen.end, 0.0f);
-    float* logits = row + own.begin;
-    const u32 n = own.end - own.begin;
-    transform.apply(logits, log_mass != nullptr ? log_mass + own.begin : nullptr, n);
-    if (queries.lse != nullptr) {
-      tile.lse[r] = queries.lse[static_cast<u64>(head) * queries.count + tile.query[r]];
-      exponentiate(logits, n, tile.lse[r]);
-    } else {
-      tile.lse[r] =
-          softmax(logits, n, spec.sink_logits != nullptr ? spec.sink_logits + head : nullptr);
-    }
+    if (queries.lse != nullptr) continue;
+    tile.lse[r] = softmax[r].close(
+        spec.sink_logits != nullptr ? spec.sink_logits + tile.query_head[r] : nullptr);
+    normalise_row(tile, r, softmax[r],
+                  spec.sink_logits != nullptr ? spec.sink_logits + tile.query_head[r] : nullptr,
+                  scratch);
   }
   tile.probabilities = scratch.probabilities;
   tile.stride = scratch.stride;

@@ -15,15 +15,28 @@ KVLEAN_NAMESPACE_BEGIN
 
 /// Query rows of a tile at most, and keys that are converted to float at a time.
 inline constexpr u32 attention_query_tile = 32;
-inline constexpr u32 attention_key_tile = 32;
+inline constexpr u32 attention_key_tile = 64;
+
+/// Floats between two rows of probabilities: an odd number of cache lines. A power of two would put
+/// a token's column of all rows into one set of every cache.
+[[nodiscard]] constexpr std::size_t attention_row_stride(u32 length) noexcept {
+  constexpr std::size_t line = 16;
+  return ((static_cast<std::size_t>(length) + line - 1) / line | 1) * line;
+}
+
+/// Pieces that a row of `length` tokens is computed in, at most.
+[[nodiscard]] constexpr std::size_t attention_key_tiles(u32 length) noexcept {
+  return (static_cast<std::size_t>(length) + attention_key_tile - 1) / attention_key_tile;
+}
 
 /// Floats of scratch that tiles over segments of up to `length` tokens and rows of `width` need.
 /// Proportional to length + width, never to length squared.
 [[nodiscard]] constexpr std::size_t attention_scratch_floats(u32 length, u32 width) noexcept {
   constexpr std::size_t lanes = row_math::lanes;
-  const std::size_t stride = (static_cast<std::size_t>(length) + lanes - 1) / lanes * lanes;
+  const std::size_t stride = attention_row_stride(length);
   const std::size_t padded = (static_cast<std::size_t>(width) + lanes - 1) / lanes * lanes;
-  return attention_query_tile * stride + (attention_query_tile + attention_key_tile) * padded;
+  return attention_query_tile * (stride + attention_key_tiles(length)) +
+         (attention_query_tile + attention_key_tile) * padded;
 }
 
 /// Caller-owned scratch of one running task: attention_scratch_floats(length, width) floats.
@@ -31,17 +44,21 @@ struct AttentionScratch {
   float* probabilities = nullptr;  ///< [attention_query_tile][stride]
   float* queries = nullptr;        ///< [attention_query_tile][padded_width]
   float* keys = nullptr;           ///< [attention_key_tile][padded_width]
+  float* shifts = nullptr;         ///< [attention_query_tile][key_tiles]
   u64 stride = 0;
+  u64 key_tiles = 0;
   u32 padded_width = 0;
 
   AttentionScratch() noexcept = default;
   AttentionScratch(float* floats, u32 length, u32 width) noexcept {
     constexpr u32 lanes = row_math::lanes;
-    stride = (static_cast<u64>(length) + lanes - 1) / lanes * lanes;
+    stride = attention_row_stride(length);
     padded_width = (width + lanes - 1) / lanes * lanes;
     probabilities = floats;
     queries = probabilities + attention_query_tile * stride;
     keys = queries + static_cast<u64>(attention_query_tile) * padded_width;
+    key_tiles = attention_key_tiles(length);
+    shifts = keys + static_cast<u64>(attention_key_tile) * padded_width;
   }
 };
 

@@ -6,6 +6,7 @@
 #include <cmath>
 
 #include "kvlean/core/kv_cache.hpp"
+#include "kvlean/simd/target.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -16,6 +17,9 @@ struct AttentionSpec {
   float softcap = 0.0f;                ///< 0: none
   u32 sliding_window = 0;              ///< a query sees positions > its own - window; 0: all
   const float* sink_logits = nullptr;  ///< [num_query_heads] one more logit in the denominator
+  /// Instructions to compute with; a target that this CPU lacks means scalar. Results of different
+  /// targets differ by rounding.
+  simd::Target target = simd::Target::best;
 
   [[nodiscard]] float scale_for(u32 key_width) const noexcept {
     return scale != 0.0f ? scale : 1.0f / std::sqrt(static_cast<float>(key_width));

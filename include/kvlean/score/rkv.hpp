@@ -5,6 +5,7 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kvlean/core/row_tile.hpp"
 #include "kvlean/observe/attention_mass.hpp"
 #include "kvlean/score/pooling.hpp"
 #include "kvlean/score/preconditions.hpp"
@@ -39,7 +40,7 @@ struct RKVScorer {
   /// Errors: those of check_cache, shape_mismatch, null_pointer, missing_observation,
   /// invalid_group, invalid_option (even kernel, lambda outside [0, 1], NaN threshold),
   /// workspace_too_small, out_of_memory. O(tokens^2 * width) time a segment, one task a segment;
-  /// scratch 4 * width + 48 bytes a token and worker.
+  /// scratch 4 * width + 72 bytes a token and worker.
   [[nodiscard]] Status score(const CacheView& cache, const Observation& seen, Context& context,
                              Scores& scores) const noexcept {
     KVLEAN_RETURN_IF_ERROR(detail::check_scores(cache, scores, false));
@@ -66,33 +67,46 @@ struct RKVScorer {
   }
 
  private:
-  static constexpr u32 rows_at_once = 8;
+  static constexpr u32 rows_at_once = 16;
+  static constexpr u32 queries_at_once = rows_at_once / 2;
+  static_assert(rows_at_once % simd::query_block == 0 && rows_at_once <= attention_query_tile);
 
   /// Floats of one task.
   struct Scratch {
     u64 stride;
-    u32 padded;
+    u32 width;
     std::size_t floats;
-    float* units = nullptr;       // [stride][padded] keys of length 1, zero-padded
-    float* rows = nullptr;        // [rows_at_once][stride] logits, then cosines
+    float* keys = nullptr;        // [length][width], later of length 1
+    float* rows = nullptr;        // [rows_at_once][stride] logits, later cosines
     float* importance = nullptr;  // [stride]
     float* redundancy = nullptr;  // [stride]
-    float* queries = nullptr;     // [rows_at_once][padded]
-    float* key = nullptr;         // [padded]
+    float* columns = nullptr;     // [width][rows_at_once] queries, later keys
+    float* query = nullptr;       // [width]
 
-    explicit Scratch(const CacheView& cache) noexcept {
-      constexpr u32 lanes = row_math::lanes;
-      stride = (u64{cache.max_length()} + lanes - 1) / lanes * lanes;
-      padded = (cache.keys.width + lanes - 1) / lanes * lanes;
-      floats = (stride + rows_at_once + 1) * padded + (rows_at_once + 2) * stride;
+    explicit Scratch(const CacheView& cache) noexcept
+        : stride(attention_row_stride(cache.max_length())), width(cache.keys.width) {
+      floats = (std::size_t{cache.max_length()} + rows_at_once + 1) * width +
+               (rows_at_once + 2) * stride;
     }
     void place(float* data) noexcept {
-      units = data;
-      rows = units + stride * padded;
+      rows = data;
       importance = rows + rows_at_once * stride;
       redundancy = importance + stride;
-      queries = redundancy + stride;
-      key = queries + std::size_t{rows_at_once} * padded;
+      columns = redundancy + stride;
+      query = columns + std::size_t{rows_at_once} * width;
+      keys = query + width;
+    }
+    [[nodiscard]] float* row(u32 r) const noexcept { return rows + r * stride; }
+    [[nodiscard]] float* key(u32 t) const noexcept { return keys + std::size_t{t} * width; }
+
+    void clear_columns() const noexcept {
+      std::fill_n(columns, std::size_t{rows_at_once} * width, 0.0f);
+    }
+    /// row(r + first)[t] = column r . key t
+    void score(const simd::AttentionKernels& kernels, u32 count, u32 first,
+               u32 tokens) const noexcept {
+      kernels.score_many({columns, rows_at_once}, count, {keys, width}, tokens, width,
+                         {row(first), stride});
     }
   };
 
@@ -101,8 +115,10 @@ struct RKVScorer {
                      float* rank) const noexcept {
     const u32 length = cache.length(s);
     const u32 prefix = length - std::min(read, length);
-    weigh_importance(cache, s, seen, read, spec, prefix, scratch);
-    weigh_redundancy(cache, s, length, scratch);
+    const simd::AttentionKernels& kernels = simd::attention_kernels(spec.target);
+    detail::load_rows(cache.keys, s, 0, length, scratch.keys, scratch.width);
+    weigh_importance(cache, s, seen, read, spec, prefix, kernels, scratch);
+    weigh_redundancy(length, kernels, scratch);
     for (u32 t = 0; t < prefix; ++t) {
       const float importance = pooled_score(scratch.importance, prefix, t, kernel, Pooling::max);
       rank[t] = lambda * importance - (1.0f - lambda) * scratch.redundancy[t];
@@ -115,26 +131,30 @@ struct RKVScorer {
   /// window.
   static void weigh_importance(const CacheView& cache, u32 s, const Queries& seen, u32 read,
                                const AttentionSpec& spec, u32 prefix,
+                               const simd::AttentionKernels& kernels,
                                const Scratch& scratch) noexcept {
     const u32 group = seen.rows.heads / cache.segments;
-    const detail::LogitTransform transform{spec.scale_for(cache.keys.width), spec.softcap};
+    const float scale = spec.scale_for(scratch.width);
     const float* log_mass = cache.log_mass ? cache.log_mass.segment(s) : nullptr;
+    const float sink = largest_sink(spec, s * group, group);
     std::fill_n(scratch.importance, prefix, 0.0f);
-    for (u32 first = seen.count - read; first < seen.count; first += rows_at_once) {
-      const u32 rows = std::min(rows_at_once, seen.count - first);
+    for (u32 first = seen.count - read; first < seen.count; first += queries_at_once) {
+      const u32 rows = std::min(queries_at_once, seen.count - first);
+      scratch.clear_columns();
       for (u32 head = 0; head < group; ++head) {
         for (u32 r = 0; r < rows; ++r) {
-          detail::load_padded(seen.rows, s * group + head, seen.first_row + first + r,
-                              scratch.queries + r * scratch.padded, scratch.padded);
+          load_query(seen, s * group + head, first + r, scratch.query);
+          detail::put_query_column(scratch.query, scratch.width, r, scratch.columns, rows_at_once);
         }
-        for (u32 t = 0; t < prefix; ++t) {
-          float logits[rows_at_once];
-          detail::load_padded(cache.keys, s, t, scratch.key, scratch.padded);
-          detail::dot_query_rows(scratch.queries, rows, scratch.key, scratch.padded, logits, 1);
-          for (u32 r = 0; r < rows; ++r) {
-            float* logit = scratch.rows + r * scratch.stride + t;
-            transform.apply(logits + r, log_mass != nullptr ? log_mass + t : nullptr, 1);
-            *logit = head == 0 ? logits[r] : detail::max_or_nan(*logit, logits[r]);
+        // Logits of a further head go next to the largest ones so far.
+        const u32 place = head == 0 ? 0 : queries_at_once;
+        scratch.score(kernels, rows, place, prefix);
+        for (u32 r = 0; r < rows; ++r) {
+          float* largest = scratch.row(r);
+          float* logits = scratch.row(place + r);
+          static_cast<void>(kernels.logits(logits, prefix, scale, spec.softcap, log_mass));
+          for (u32 t = 0; head != 0 && t < prefix; ++t) {
+            largest[t] = detail::max_or_nan(largest[t], logits[t]);
           }
         }
       }
@@ -142,9 +162,8 @@ struct RKVScorer {
         const TokenRange visible = visible_tokens(cache, s, seen, spec, first + r);
         const u32 end = std::min(visible.end, prefix);
         const u32 begin = std::min(visible.begin, end);
-        float* row = scratch.rows + r * scratch.stride + begin;
-        const float sink = largest_sink(spec, s * group, group);
-        detail::softmax(row, end - begin, spec.sink_logits != nullptr ? &sink : nullptr);
+        float* row = scratch.row(r) + begin;
+        detail::softmax(kernels, row, end - begin, spec.sink_logits != nullptr ? &sink : nullptr);
         row_math::add_scaled(scratch.importance + begin, row, 1.0f / static_cast<float>(read),
                              end - begin);
       }
@@ -156,35 +175,36 @@ struct RKVScorer {
                                        : 0.0f;
   }
 
-  void weigh_redundancy(const CacheView& cache, u32 s, u32 length,
+  /// Leaves the keys in scratch at length 1, or zero.
+  void weigh_redundancy(u32 length, const simd::AttentionKernels& kernels,
                         const Scratch& scratch) const noexcept {
+    const u32 width = scratch.width;
     for (u32 t = 0; t < length; ++t) {
-      float* unit = scratch.units + u64{t} * scratch.padded;
-      detail::load_padded(cache.keys, s, t, unit, scratch.padded);
-      const float norm = std::sqrt(row_math::squared_norm(unit, scratch.padded));
+      float* key = scratch.key(t);
+      const float norm = std::sqrt(row_math::squared_norm(key, width));
       if (norm > 0.0f && std::isfinite(norm)) {
-        row_math::scale(unit, 1.0f / norm, scratch.padded);
+        row_math::scale(key, 1.0f / norm, width);
       } else {
-        std::fill_n(unit, scratch.padded, 0.0f);
+        std::fill_n(key, width, 0.0f);
       }
     }
     float* sum = scratch.redundancy;
     std::fill_n(sum, length, 0.0f);
     for (u32 first = 0; first < length; first += rows_at_once) {
       const u32 rows = std::min(rows_at_once, length - first);
-      const float* block = scratch.units + u64{first} * scratch.padded;
-      for (u32 t = 0; t < length; ++t) {
-        detail::dot_query_rows(block, rows, scratch.units + u64{t} * scratch.padded, scratch.padded,
-                               scratch.rows + t, scratch.stride);
-      }
+      scratch.clear_columns();
       for (u32 r = 0; r < rows; ++r) {
-        float* cosine = scratch.rows + r * scratch.stride;
+        detail::put_query_column(scratch.key(first + r), width, r, scratch.columns, rows_at_once);
+      }
+      scratch.score(kernels, rows, 0, length);
+      for (u32 r = 0; r < rows; ++r) {
+        float* cosine = scratch.row(r);
         cosine[first + r] = 0.0f;  // a token is no copy of itself
         leave_out_newest(cosine, length);
         row_math::add_scaled(sum, cosine, 1.0f / static_cast<float>(length), length);
       }
     }
-    detail::softmax(sum, length, nullptr);
+    detail::softmax(kernels, sum, length, nullptr);
   }
   void leave_out_newest(float* cosine, u32 length) const noexcept {
     u32 left = retained;

@@ -1,0 +1,99 @@
+// Copyright 2026 The KVLean Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include "kvlean/simd/row_kernels.hpp"
+
+// What attention is computed with: products, softmax, weighted sums.
+
+KVLEAN_NAMESPACE_BEGIN
+namespace simd {
+
+/// Rows of `width` contiguous elements that may lie anywhere: flat, strided, paged, listed.
+struct RowPointers {
+  const std::byte* const* row = nullptr;  ///< [count]
+  u32 count = 0;
+};
+
+/// Rows of floats `stride` floats apart.
+struct FloatRows {
+  float* data = nullptr;
+  u64 stride = 0;
+};
+struct ConstFloatRows {
+  const float* data = nullptr;
+  u64 stride = 0;
+};
+
+/// Query rows are taken in blocks of this many where lanes hold rows: see score_many.
+inline constexpr u32 query_block = 16;
+/// Up to this many query rows, score_few is the faster way.
+inline constexpr u32 few_rows = 8;
+
+/// The kernels of one target. Each is called for a row or a block of rows, never for an element.
+/// Sums are in float, or better where said; the order of additions depends on shapes alone, so a
+/// target gives the same bits for any layout and any number of threads. Targets differ by rounding.
+/// No argument needs alignment, and nothing beyond the extents is read or written.
+struct AttentionKernels {
+  /// out[r][t] = queries[r] . keys[t]. A group's few query rows: keys are widened as they are read,
+  /// lanes run along the row. While key t is read, row t of `ahead` (which may be empty) is
+  /// prefetched.
+  void (*score_few)(ConstFloatRows queries, u32 rows, RowPointers keys, DType dtype, u32 width,
+                    RowPointers ahead, FloatRows out) noexcept;
+
+  /// The same for many query rows: lanes run along the rows. `queries` is [width][padded rows]:
+  /// the stride is `rows` rounded up to a multiple of query_block, at most 32, pads zero.
+  void (*score_many)(ConstFloatRows queries, u32 rows, ConstFloatRows keys, u32 tokens, u32 width,
+                     FloatRows out) noexcept;
+
+  /// sum[r] += weight[r][0] values[0] + weight[r][1] values[1] + ..; prefetches as score_few does.
+  void (*blend)(ConstFloatRows weight, u32 rows, RowPointers values, DType dtype, u32 width,
+                RowPointers ahead, FloatRows sum) noexcept;
+
+  /// x[t] = softcap(scale * x[t]) + log_mass[t]; softcap 0 and null log mass: none. Returns the
+  /// largest that is not NaN, -inf if there is none.
+  float (*logits)(float* x, u32 count, float scale, float softcap, const float* log_mass) noexcept;
+
+  /// The largest value that is not NaN, -inf if there is none.
+  float (*maximum)(const float* x, u32 count) noexcept;
+
+  /// x[t] = exp(x[t] - shift), returns the sum of those that are not NaN, in double over blocks.
+  double (*exponentials)(float* x, u32 count, float shift) noexcept;
+  /// The same with a NaN anywhere making the sum NaN.
+  double (*exponentials_or_nan)(float* x, u32 count, float shift) noexcept;
+
+  /// x[t] *= factor
+  void (*scale)(float* x, u32 count, float factor) noexcept;
+
+  /// total[t] += rows[0][t] + rows[1][t] + .. (the rows are summed first).
+  void (*add_rows)(ConstFloatRows rows, u32 row_count, u32 count, float* total) noexcept;
+};
+
+}  // namespace simd
+KVLEAN_NAMESPACE_END
+
+#define KVLEAN_SIMD_FILE "kvlean/simd/generic/attention-inl.hpp"
+#include "kvlean/simd/for_each_target-inl.hpp"
+
+KVLEAN_NAMESPACE_BEGIN
+namespace simd {
+inline namespace KVLEAN_SIMD_BASELINE {
+
+struct AttentionTables {
+  static constexpr AttentionKernels scalar = scalar::attention_kernels_here();
+#if KVLEAN_SIMD_X86
+  static constexpr AttentionKernels avx2 = avx2::attention_kernels_here();
+  static constexpr AttentionKernels avx512 = avx512::attention_kernels_here();
+#elif KVLEAN_SIMD_NEON
+  static constexpr AttentionKernels neon = neon::attention_kernels_here();
+#endif
+};
+
+[[nodiscard]] inline const AttentionKernels& attention_kernels(
+    Target target = Target::best) noexcept {
+  return table_of<AttentionTables>(target);
+}
+
+}  // namespace KVLEAN_SIMD_BASELINE
+}  // namespace simd
+KVLEAN_NAMESPACE_END

@@ -1,0 +1,180 @@
+// Copyright 2026 The KVLean Authors
+// SPDX-License-Identifier: Apache-2.0
+// Query rows times key rows.
+
+/// Fetches the `bytes` bytes of row t for a later kernel.
+inline void prefetch_row(RowPointers rows, u32 t, u32 bytes) noexcept {
+  if (t >= rows.count) return;
+  for (u32 at = 0; at < bytes; at += 64) __builtin_prefetch(rows.row[t] + at);
+}
+
+/// Up to `rows` query rows with all keys, four keys at a time. Rows past the last repeat it and are
+/// not written: fewer variants to compile, and the time goes to reading keys.
+template <class E, u32 rows>
+inline void score_row_block(ConstFloatRows queries, u32 used_rows, RowPointers keys, u32 width,
+                            RowPointers ahead, FloatRows out) noexcept {
+  const float* query[rows];
+  for (u32 r = 0; r < rows; ++r) {
+    query[r] = queries.data + (r < used_rows ? r : used_rows - 1) * queries.stride;
+  }
+  const u32 whole = width / lanes * lanes;
+  const u32 rest = width - whole;
+  for (u32 t = 0; t < keys.count; t += 4) {
+    const u32 here = keys.count - t < 4 ? keys.count - t : 4;
+    const E* key[4];
+    for (u32 j = 0; j < 4; ++j) {  // past the last key the first is read again, and not written
+      key[j] = reinterpret_cast<const E*>(keys.row[t + (j < here ? j : 0)]);
+      prefetch_row(ahead, t + j, width * static_cast<u32>(sizeof(E)));
+    }
+    Vector sum[rows][4];
+    KVLEAN_SIMD_UNROLL
+    for (u32 r = 0; r < rows; ++r) {
+      KVLEAN_SIMD_UNROLL
+      for (u32 j = 0; j < 4; ++j) sum[r][j] = zero();
+    }
+    for (u32 i = 0; i < whole; i += lanes) {
+      const Vector k[4] = {load(key[0] + i), load(key[1] + i), load(key[2] + i), load(key[3] + i)};
+      KVLEAN_SIMD_UNROLL
+      for (u32 r = 0; r < rows; ++r) {
+        const Vector q = load(query[r] + i);
+        KVLEAN_SIMD_UNROLL
+        for (u32 j = 0; j < 4; ++j) sum[r][j] = fma(q, k[j], sum[r][j]);
+      }
+    }
+    if (rest != 0) {
+      const Vector k[4] = {load(key[0] + whole, rest), load(key[1] + whole, rest),
+                           load(key[2] + whole, rest), load(key[3] + whole, rest)};
+      KVLEAN_SIMD_UNROLL
+      for (u32 r = 0; r < rows; ++r) {
+        const Vector q = load(query[r] + whole, rest);
+        KVLEAN_SIMD_UNROLL
+        for (u32 j = 0; j < 4; ++j) sum[r][j] = fma(q, k[j], sum[r][j]);
+      }
+    }
+    float* to = out.data + t;
+    if (here == 4 && used_rows == rows) {
+      KVLEAN_SIMD_UNROLL
+      for (u32 r = 0; r < rows; ++r) {
+        sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], to + r * out.stride);
+      }
+      continue;
+    }
+    float product[rows][4];
+    KVLEAN_SIMD_UNROLL
+    for (u32 r = 0; r < rows; ++r) {
+      sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], product[r]);
+    }
+    for (u32 r = 0; r < used_rows; ++r) {
+      for (u32 j = 0; j < here; ++j) to[r * out.stride + j] = product[r][j];
+    }
+  }
+}
+
+template <class E>
+inline void score_few_of(ConstFloatRows queries, u32 rows, RowPointers keys, u32 width,
+                         RowPointers ahead, FloatRows out) noexcept {
+  while (rows != 0) {
+    const u32 step = rows < score_rows ? rows : score_rows;
+    if (step == 1) {
+      score_row_block<E, 1>(queries, 1, keys, width, ahead, out);
+    } else {
+      score_row_block<E, score_rows>(queries, step, keys, width, ahead, out);
+    }
+    ahead = {};
+    queries.data += step * queries.stride;
+    out.data += step * out.stride;
+    rows -= step;
+  }
+}
+
+inline void score_few(ConstFloatRows queries, u32 rows, RowPointers keys, DType dtype, u32 width,
+                      RowPointers ahead, FloatRows out) noexcept {
+  if (dtype == DType::f32) {
+    score_few_of<float>(queries, rows, keys, width, ahead, out);
+  } else if (dtype == DType::f16) {
+    score_few_of<f16>(queries, rows, keys, width, ahead, out);
+  } else {
+    score_few_of<bf16>(queries, rows, keys, width, ahead, out);
+  }
+}
+
+/// products [key][lane] of `keys` keys with vectors * lanes query rows, one row a lane.
+template <u32 vectors, u32 keys>
+inline void score_key_block(const float* queries, u64 query_stride, const float* key,
+                            u64 key_stride, u32 width, float* products) noexcept {
+  Vector sum[keys][vectors];
+  KVLEAN_SIMD_UNROLL
+  for (u32 j = 0; j < keys; ++j) {
+    KVLEAN_SIMD_UNROLL
+    for (u32 v = 0; v < vectors; ++v) sum[j][v] = zero();
+  }
+  for (u32 d = 0; d < width; ++d) {
+    Vector q[vectors];
+    KVLEAN_SIMD_UNROLL
+    for (u32 v = 0; v < vectors; ++v) q[v] = load(queries + d * query_stride + v * lanes);
+    KVLEAN_SIMD_UNROLL
+    for (u32 j = 0; j < keys; ++j) {
+      const Vector k = set1(key[j * key_stride + d]);
+      KVLEAN_SIMD_UNROLL
+      for (u32 v = 0; v < vectors; ++v) sum[j][v] = fma(q[v], k, sum[j][v]);
+    }
+  }
+  KVLEAN_SIMD_UNROLL
+  for (u32 j = 0; j < keys; ++j) {
+    KVLEAN_SIMD_UNROLL
+    for (u32 v = 0; v < vectors; ++v) store(sum[j][v], products + (j * vectors + v) * lanes);
+  }
+}
+
+/// Up to vectors * lanes query rows with all keys.
+template <u32 vectors>
+inline void score_lanes(const float* queries, u64 query_stride, u32 rows, ConstFloatRows keys,
+                        u32 tokens, u32 width, FloatRows out) noexcept {
+  constexpr u32 columns = vectors * lanes;
+  constexpr u32 step = lanes > block_keys ? lanes : block_keys;  // keys between two transpositions
+  float products[step * columns];
+  for (u32 t = 0; t < tokens; t += step) {
+    const u32 here = tokens - t < step ? tokens - t : step;
+    u32 j = 0;
+    for (; j + block_keys <= here; j += block_keys) {
+      score_key_block<vectors, block_keys>(queries, query_stride, keys.data + (t + j) * keys.stride,
+                                           keys.stride, width, products + j * columns);
+    }
+    for (; j < here; ++j) {
+      score_key_block<vectors, 1>(queries, query_stride, keys.data + (t + j) * keys.stride,
+                                  keys.stride, width, products + j * columns);
+    }
+    u32 r = 0;
+    if (here == step) {
+      for (; r + lanes <= rows; r += lanes) {
+        for (u32 from = 0; from < step; from += lanes) {
+          transpose(products + from * columns + r, columns, out.data + r * out.stride + t + from,
+                    out.stride);
+        }
+      }
+    }
+    for (; r < rows; ++r) {
+      float* to = out.data + r * out.stride + t;
+      for (u32 i = 0; i < here; ++i) to[i] = products[i * columns + r];
+    }
+  }
+}
+
+inline void score_many(ConstFloatRows queries, u32 rows, ConstFloatRows keys, u32 tokens, u32 width,
+                       FloatRows out) noexcept {
+  constexpr u32 columns = block_vectors * lanes;
+  static_assert(columns == query_block || columns == 2 * query_block || columns < query_block);
+  u32 first = 0;
+  while (first < rows) {
+    const u32 left = rows - first;
+    const float* q = queries.data + first;
+    const FloatRows to{out.data + first * out.stride, out.stride};
+    if (columns > query_block && left <= query_block) {
+      score_lanes<(block_vectors + 1) / 2>(q, queries.stride, left, keys, tokens, width, to);
+      return;
+    }
+    score_lanes<block_vectors>(q, queries.stride, left < columns ? left : columns, keys, tokens,
+                               width, to);
+    first += columns;
+  }
+}
