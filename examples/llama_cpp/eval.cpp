@@ -75,6 +75,7 @@ struct Arguments {
   bool smoke = false;
   bool list = false;
   bool quiet = false;
+  bool all_tasks = false;  ///< what does not fit is left out
 };
 
 void declare(CLI::App& app, Arguments& arguments) {
@@ -228,7 +229,8 @@ void apply_presets(const CLI::App& app, Arguments& arguments) {
     preset("--mode", arguments.mode, std::string("both"));
   }
   if (arguments.tasks.empty()) arguments.tasks = {"text"};
-  if (arguments.tasks == Names{"all"}) arguments.tasks = eval::task_names();
+  arguments.all_tasks = arguments.tasks == Names{"all"};
+  if (arguments.all_tasks) arguments.tasks = eval::task_names();
   if (arguments.lengths.empty()) arguments.lengths = {2048};
   if (arguments.budgets.empty()) arguments.budgets = {"0.5", "0.25", "0.125"};
   if (arguments.policies.empty()) {
@@ -355,7 +357,12 @@ std::vector<EvalItem> make_items(const Arguments& arguments, const llama_model* 
       options.answer_tokens = arguments.answer_tokens;
       options.candidates = arguments.candidates;
       options.split = arguments.split == "select" ? eval::Split::select : eval::Split::confirm;
-      for (const eval::Item& item : value_or_throw(eval::make_items(task, options, texts, count))) {
+      Result<std::vector<eval::Item>> made_items = eval::make_items(task, options, texts, count);
+      if (!made_items && arguments.all_tasks) {
+        if (!arguments.quiet) std::printf("left out: %s\n", made_items.error.c_str());
+        continue;
+      }
+      for (const eval::Item& item : value_or_throw(std::move(made_items))) {
         if (index++ % shard.count != shard.index) continue;
         EvalItem made = value_or_throw(tokenize_item(model, item));
         if (trained > 0 &&
