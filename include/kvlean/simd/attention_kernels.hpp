@@ -72,22 +72,16 @@ struct AttentionKernels {
 }  // namespace simd
 KVLEAN_NAMESPACE_END
 
+#if KVLEAN_SIMD_DEFINE
 #define KVLEAN_SIMD_FILE "kvlean/simd/generic/attention-inl.hpp"
 #include "kvlean/simd/for_each_target-inl.hpp"
+#endif
 
 KVLEAN_NAMESPACE_BEGIN
 namespace simd {
 inline namespace KVLEAN_SIMD_BASELINE {
 
-struct AttentionTables {
-  static constexpr AttentionKernels scalar = scalar::attention_kernels_here();
-#if KVLEAN_SIMD_X86
-  static constexpr AttentionKernels avx2 = avx2::attention_kernels_here();
-  static constexpr AttentionKernels avx512 = avx512::attention_kernels_here();
-#elif KVLEAN_SIMD_NEON
-  static constexpr AttentionKernels neon = neon::attention_kernels_here();
-#endif
-};
+KVLEAN_SIMD_TABLES(AttentionTables, AttentionKernels, attention_kernels_here)
 
 [[nodiscard]] inline const AttentionKernels& attention_kernels(
     Target target = Target::best) noexcept {

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "kvlean/simd/vocabulary.hpp"
+#include "kvlean/simd/tables.hpp"
 
 // Rows between storage types and float.
 
@@ -21,22 +21,16 @@ struct RowKernels {
 }  // namespace simd
 KVLEAN_NAMESPACE_END
 
+#if KVLEAN_SIMD_DEFINE
 #define KVLEAN_SIMD_FILE "kvlean/simd/generic/rows-inl.hpp"
 #include "kvlean/simd/for_each_target-inl.hpp"
+#endif
 
 KVLEAN_NAMESPACE_BEGIN
 namespace simd {
 inline namespace KVLEAN_SIMD_BASELINE {
 
-struct RowTables {
-  static constexpr RowKernels scalar{scalar::load_row, scalar::store_row};
-#if KVLEAN_SIMD_X86
-  static constexpr RowKernels avx2{avx2::load_row, avx2::store_row};
-  static constexpr RowKernels avx512{avx512::load_row, avx512::store_row};
-#elif KVLEAN_SIMD_NEON
-  static constexpr RowKernels neon{neon::load_row, neon::store_row};
-#endif
-};
+KVLEAN_SIMD_TABLES(RowTables, RowKernels, row_kernels_here)
 
 [[nodiscard]] inline const RowKernels& row_kernels(Target target = Target::best) noexcept {
   return table_of<RowTables>(target);

@@ -26,7 +26,9 @@
 #else
 #define KVLEAN_SIMD_BASELINE_MATH(name) name
 #endif
-#if defined(__AVX512FP16__)
+#if defined(KVLEAN_SEPARATE_KERNELS)
+#define KVLEAN_SIMD_BASELINE separate  // one copy in the program, by the program's own word
+#elif defined(__AVX512FP16__)
 #define KVLEAN_SIMD_BASELINE KVLEAN_SIMD_BASELINE_MATH(baseline_avx512fp16)
 #elif defined(__AVX512F__)
 #define KVLEAN_SIMD_BASELINE KVLEAN_SIMD_BASELINE_MATH(baseline_avx512f)

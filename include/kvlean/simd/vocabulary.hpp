@@ -29,25 +29,3 @@
 
 #define KVLEAN_SIMD_FILE "kvlean/simd/generic/vocabulary-inl.hpp"
 #include "kvlean/simd/for_each_target-inl.hpp"
-
-KVLEAN_NAMESPACE_BEGIN
-namespace simd {
-inline namespace KVLEAN_SIMD_BASELINE {
-
-/// The table of `target` among those of a group of kernels; the scalar one if this CPU cannot run
-/// it. O(1).
-template <class Tables>
-[[nodiscard]] auto& table_of(Target target) noexcept {
-  if (target == Target::best) target = best();
-#if KVLEAN_SIMD_X86
-  if (target == Target::avx512 && supported(target)) return Tables::avx512;
-  if (target == Target::avx2 && supported(target)) return Tables::avx2;
-#elif KVLEAN_SIMD_NEON
-  if (target == Target::neon) return Tables::neon;
-#endif
-  return Tables::scalar;
-}
-
-}  // namespace KVLEAN_SIMD_BASELINE
-}  // namespace simd
-KVLEAN_NAMESPACE_END

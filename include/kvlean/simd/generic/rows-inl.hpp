@@ -35,3 +35,5 @@ inline void store_row(const float* from, void* to, DType dtype, u32 count) noexc
     store_elements(from, static_cast<bf16*>(to), count);
   }
 }
+
+[[nodiscard]] constexpr RowKernels row_kernels_here() noexcept { return {load_row, store_row}; }
