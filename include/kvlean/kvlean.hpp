@@ -45,6 +45,7 @@
 #include "kvlean/reduce/massfold.hpp"
 #include "kvlean/score/external.hpp"
 #include "kvlean/score/h2o.hpp"
+#include "kvlean/score/key_diff.hpp"
 #include "kvlean/score/key_norm.hpp"
 #include "kvlean/score/observed_attention.hpp"
 #include "kvlean/score/random.hpp"

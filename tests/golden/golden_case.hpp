@@ -138,6 +138,7 @@ struct Method {
 // kvlean_golden_scores.cpp
 void judge_reference(Case&);
 void judge_knorm(Case&);
+void judge_keydiff(Case&);
 void judge_snapkv(Case&);
 void judge_streaming_llm(Case&);
 void judge_tova(Case&);

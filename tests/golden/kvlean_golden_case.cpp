@@ -96,6 +96,7 @@ std::string Case::unread_params() const {
 const std::map<std::string, Method>& methods() {
   static const std::map<std::string, Method> table = {
       {"knorm", {{"score"}, {}, judge_knorm}},
+      {"keydiff", {{"score"}, {}, judge_keydiff}},
       {"snapkv", {{"score"}, {}, judge_snapkv}},
       {"streaming_llm", {{"score"}, {}, judge_streaming_llm}},
       {"tova", {{"score"}, {}, judge_tova}},
@@ -109,7 +110,6 @@ const std::map<std::string, Method>& methods() {
       {"kvmerger", {{"slot_of_token"}, {}, judge_kvmerger}},
       {"massfold", {{"kept", "log_mass", "values"}, {}, judge_massfold}},
       // Not compared yet; listed so that a missing tensor of theirs is found.
-      {"keydiff", {{"score"}, {}, nullptr}},
       {"expected_attention", {{"score"}, {"in.q_prerope", "in.inv_freq"}, nullptr}},
       {"criticalkv", {{"score"}, {"in.wo"}, nullptr}},
       {"criticaladakv", {{"keep", "budget"}, {"in.wo"}, nullptr}},

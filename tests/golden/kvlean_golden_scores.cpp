@@ -86,6 +86,7 @@ void judge_reference(Case& c) {
 }
 
 void judge_knorm(Case& c) { judge_score(c, KeyNormScorer{}); }
+void judge_keydiff(Case& c) { judge_score(c, KeyDiffScorer{}); }
 void judge_tova(Case& c) { judge_score(c, TOVAScorer{}, 1); }
 void judge_observed_attention(Case& c) { judge_score(c, ObservedAttentionScorer{}); }
 

@@ -86,6 +86,12 @@ def knorm(layer, p):
     return -np.linalg.norm(layer.k.astype(float), axis=-1)
 
 
+def keydiff(layer, p):
+    unit = layer.k.astype(float) / np.linalg.norm(layer.k.astype(float), axis=-1, keepdims=True)
+    mean = unit.mean(1, keepdims=True)
+    return -(unit * mean).sum(-1) / np.linalg.norm(mean, axis=-1)
+
+
 def streaming_llm(layer, p):
     x = np.ones((layer.h, layer.n))
     pruned = layer.n - int(layer.n * (1 - p["ratio"]))
@@ -259,7 +265,8 @@ def cases_of(rng, n, w):
     for i, recent in enumerate([3, n // 2, n // 4, n]):
         yield f"cam{i}", "cam_official", dict(first, recent=recent, receivers=[32, 5][i % 2],
                                               uniform=["input", "input, all zero"][i // 2])
-    yield "later", "keydiff", {}
+    yield "differs", "keydiff", {}
+    yield "later", "lagkv", {}
     yield "news", "published_tomorrow", {"alpha": 1}
 
 
@@ -278,7 +285,7 @@ def main():
             if method == "cam_official":
                 draw = rng.uniform(size=h) if params["uniform"] == "input" else np.zeros(h)
                 out = cam_official(layer, params, draw.astype(np.float32))
-            elif method in ("keydiff", "published_tomorrow"):
+            elif method in ("lagkv", "published_tomorrow"):
                 out = {"score": np.zeros((h, n))}
             else:
                 out = globals()[method](layer, params)

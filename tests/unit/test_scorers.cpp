@@ -333,6 +333,28 @@ TEST_CASE("scorers without queries: StreamingLLM, key norm, random, external") {
       }
     }
   }
+  SECTION("KeyDiff") {
+    REQUIRE(score(KeyDiffScorer{}, view, {}, out));
+    CHECK_FALSE(out.scores.has_mass);
+    for (u32 s = 0; s < 2; ++s) {
+      std::vector<double> mean(80, 0.0);
+      std::vector<double> norm(n, 0.0);
+      for (u32 t = 0; t < n; ++t) {
+        const double* key = data.keys.head(s) + t * 80;
+        for (u32 d = 0; d < 80; ++d) norm[t] += key[d] * key[d];
+        norm[t] = std::sqrt(norm[t]);
+        for (u32 d = 0; d < 80; ++d) mean[d] += key[d] / norm[t] / n;
+      }
+      double mean_norm = 0.0;
+      for (const double x : mean) mean_norm += x * x;
+      for (u32 t = 0; t < n; ++t) {
+        double product = 0.0;
+        for (u32 d = 0; d < 80; ++d) product += data.keys.head(s)[t * 80 + d] * mean[d];
+        const double cosine = product / (norm[t] * std::sqrt(mean_norm));
+        REQUIRE(out.rank_at(s, t) == Approx(-cosine).epsilon(1e-5).margin(1e-6));
+      }
+    }
+  }
   SECTION("random") {
     PlanOptions options;
     options.seed = 9;
@@ -377,6 +399,7 @@ TEST_CASE("bad data never fails a scorer, and ranks its own token NaN") {
   run(SnapKVScorer{.pooling = Pooling::max, .order = PoolOrder::pool_query_mean_group});
   run(TOVAScorer{});
   run(KeyNormScorer{});
+  run(KeyDiffScorer{});
 }
 
 TEST_CASE("scores do not depend on the workers") {
@@ -397,6 +420,7 @@ TEST_CASE("scores do not depend on the workers") {
   run(SnapKVScorer{});
   run(TOVAScorer{});
   run(KeyNormScorer{});
+  run(KeyDiffScorer{});
 }
 
 TEST_CASE("scorers refuse what they cannot read") {

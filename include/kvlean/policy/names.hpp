@@ -16,7 +16,7 @@ KVLEAN_NAMESPACE_BEGIN
 /// Every stage the library ships, for choosing at run time.
 using AnyScorer =
     std::variant<H2OScorer, SnapKVScorer, StreamingLLMScorer, TOVAScorer, KeyNormScorer,
-                 RandomScorer, ObservedAttentionScorer, RKVScorer, ExternalScorer>;
+                 KeyDiffScorer, RandomScorer, ObservedAttentionScorer, RKVScorer, ExternalScorer>;
 using AnyAllocator = std::variant<UniformAllocator, AdaKVAllocator, AdaKVLayersAllocator,
                                   PyramidAllocator<>, PyramidAllocator<AdaKVAllocator>>;
 using AnyReducer =
@@ -87,6 +87,7 @@ inline constexpr NamedStage<AnyScorer> scorer_names[] = {
     {"streaming_llm", "sinks, then the newest", StreamingLLMScorer{}},
     {"tova", "attention of the last query, mean over all heads", TOVAScorer{}},
     {"knorm", "small key norm", KeyNormScorer{}},
+    {"keydiff", "keys unlike the mean direction of all keys", KeyDiffScorer{}},
     {"random", "seeded random", RandomScorer{}},
     {"observed_attention", "mean attention per query that could see the token",
      ObservedAttentionScorer{}},
@@ -151,6 +152,7 @@ inline constexpr NamedPolicy policy_names[] = {
     {"snapkv", "SnapKV: pooled attention of the last queries", "snapkv+uniform+evict"},
     {"tova", "TOVA: attention of the last query", "tova+uniform+evict"},
     {"knorm", "key norm", "knorm+uniform+evict"},
+    {"keydiff", "KeyDiff: keys unlike the others", "keydiff+uniform+evict"},
     {"observed_attention", "mean attention per observer", "observed_attention+uniform+evict"},
     {"rkv", "R-KV: important and not redundant, for long reasoning", "rkv+uniform+evict"},
     {"pyramidkv", "PyramidKV: SnapKV with falling layer budgets", "snapkv+pyramid+evict"},

@@ -11,6 +11,7 @@
 #include "kvlean/reduce/evict.hpp"
 #include "kvlean/reduce/kvmerger.hpp"
 #include "kvlean/score/h2o.hpp"
+#include "kvlean/score/key_diff.hpp"
 #include "kvlean/score/key_norm.hpp"
 #include "kvlean/score/random.hpp"
 #include "kvlean/score/rkv.hpp"
@@ -47,6 +48,11 @@ struct TOVAPolicy : Policy<TOVAScorer, UniformAllocator, EvictReducer> {
 /// Keys of small norm attract attention (arXiv 2406.11430).
 struct KeyNormPolicy : Policy<KeyNormScorer, UniformAllocator, EvictReducer> {
   constexpr KeyNormPolicy() noexcept : Policy({}, {}, {}) {}
+};
+
+/// Keys unlike the others attract attention (arXiv 2504.15364).
+struct KeyDiffPolicy : Policy<KeyDiffScorer, UniformAllocator, EvictReducer> {
+  constexpr KeyDiffPolicy() noexcept : Policy({}, {}, {}) {}
 };
 
 /// Seeded random choice among the unprotected: the baseline every scorer must beat.
