@@ -34,6 +34,8 @@ enum class StatusCode : u32 {
   unknown_policy,          ///< no scorer, allocator or reducer of that name
   invalid_rope,            ///< the RopeSpec is out of range or does not fit the key's width
   needs_rope,              ///< the plan aligns keys and the cache does not say how they are rotated
+  launch_failed,           ///< CUDA refused a kernel launch or another call
+  exchange_failed,         ///< a communicator could not exchange data between ranks
   bad_snapshot,            ///< not a snapshot, of another version, damaged or truncated
   bad_data,                ///< validate() met NaN or infinity, or positions that do not ascend
 };
@@ -104,6 +106,10 @@ class [[nodiscard]] Status {
         return "the rotation does not fit the keys or a number of it is out of range";
       case StatusCode::needs_rope:
         return "the plan aligns keys, whose rotation the cache does not describe";
+      case StatusCode::launch_failed:
+        return "CUDA refused a call";
+      case StatusCode::exchange_failed:
+        return "ranks could not exchange data";
       case StatusCode::bad_snapshot:
         return "not a snapshot, or damaged, truncated or of another version";
       case StatusCode::bad_data:
