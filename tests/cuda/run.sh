@@ -4,6 +4,8 @@
 #                                    (where installed) on reduced sizes, then benches
 #   tests/cuda/run.sh --build-only   compiles for sm_80, sm_90 and the newest architecture that nvcc
 #                                    knows; runs nothing
+#   tests/cuda/run.sh --headers      the same for compile_all.cu alone, which uses every header and
+#                                    call; skipped where there is no nvcc
 #   tests/cuda/run.sh --bin DIR      runs programs built before
 #   --build-to DIR  builds for --arch (or the GPU present) into DIR; runs nothing
 #   --arch LIST     e.g. sm_90 or sm_80,sm_90
@@ -17,10 +19,11 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
 die() { echo "run.sh: $*" >&2; exit 2; }
-build_only=0 bin="" build_to="" arch="" only="" sanitizer=1 bench=1 test=1 quick=""
+build_only=0 headers=0 bin="" build_to="" arch="" only="" sanitizer=1 bench=1 test=1 quick=""
 while [ $# -gt 0 ]; do
   case $1 in
     --build-only) build_only=1 ;;
+    --headers) headers=1 ;;
     --bin) [ $# -ge 2 ] || die "--bin needs a folder"; bin=$2; shift ;;
     --build-to) [ $# -ge 2 ] || die "--build-to needs a folder"; build_to=$2; shift ;;
     --arch) [ $# -ge 2 ] || die "--arch needs a list"; arch=$2; shift ;;
@@ -29,7 +32,7 @@ while [ $# -gt 0 ]; do
     --no-bench) bench=0 ;;
     --no-test) test=0 ;;
     --quick) quick=--quick ;;
-    -h|--help) sed -n '2,16s/^# \{0,1\}//p' "$0"; exit 0 ;;
+    -h|--help) sed -n '2,18s/^# \{0,1\}//p' "$0"; exit 0 ;;
     *) die "unknown option $1" ;;
   esac
   shift
@@ -43,14 +46,14 @@ chosen() {  # NAME: does --only allow it?
   return 1
 }
 
-find_nvcc() {
-  nvcc=${NVCC:-$(command -v nvcc || true)}
-  [ -n "$nvcc" ] || nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc
-  [ -x "$nvcc" ] || die "no nvcc: set NVCC or CUDA_HOME"
-}
+nvcc=${NVCC:-$(command -v nvcc || true)}
+[ -n "$nvcc" ] || nvcc=${CUDA_HOME:-/usr/local/cuda}/bin/nvcc
+find_nvcc() { [ -x "$nvcc" ] || die "no nvcc: set NVCC or CUDA_HOME"; }
+newest_arch() { "$nvcc" --list-gpu-code | sed -n 's/^sm_\([0-9]*\)$/\1/p' | sort -n | tail -1; }
+sources() { ls "$here"/test_*.cu "$here"/bench_*.cu; }
 # nvcc reads some pragmas and warns of some templates of the CPU headers that g++ and clang accept.
-flags=(-std=c++20 -O3 -lineinfo -diag-suppress 550,554,1675 -Xcompiler -Wall,-Wextra
-       "-I$root/include" "-I$root")
+quiet=(-diag-suppress 550,554,1675 -Xcompiler -Wall,-Wextra "-I$root/include" "-I$root")
+flags=(-std=c++20 -O3 -lineinfo "${quiet[@]}")
 extra_flags() {  # SOURCE: what a source asks for in a line "// nvcc: FLAGS"
   sed -n 's|^// nvcc: ||p' "$1"
 }
@@ -77,12 +80,33 @@ compile() {  # SOURCE ARCHES OUTPUT [object]
   "$nvcc" "${flags[@]}" $(gencode "$2") "${mode[@]}" "$1" -o "$3" $(extra_flags "$1") $more ${NVCC_FLAGS:-}
 }
 
+if [ "$headers" = 1 ]; then
+  if ! [ -x "$nvcc" ]; then
+    echo "Skipped: the CUDA backend (no nvcc)"
+    exit 0
+  fi
+  # Two passes through the front end: what is for 9.0 and newer, and the rest.
+  newest=$(newest_arch)
+  out=$(mktemp -d); trap 'rm -rf "$out"' EXIT
+  for header in "$root"/include/kvlean/cuda/*.cuh; do
+    case $header in *nccl*) [ -n "$(nccl_flags)" ] || continue ;; esac
+    echo "#include <kvlean/cuda/$(basename "$header")>"
+  done > "$out/headers.h"
+  # shellcheck disable=SC2046
+  "$nvcc" -std=c++20 -Ofc max "${quiet[@]}" -Xcompiler -Werror -c $(nccl_flags) \
+    -include "$out/headers.h" \
+    -gencode=arch=compute_80,code=sm_80 "-gencode=arch=compute_90,code=[sm_90,sm_$newest]" \
+    --threads 2 "$here/compile_all.cu" -o "$out/compile_all.o" || exit 1
+  echo "compiled for sm_80, sm_90 and sm_$newest"
+  exit 0
+fi
+
 failed=()
 if [ "$build_only" = 1 ]; then
   find_nvcc
-  newest=$("$nvcc" --list-gpu-code | sed -n 's/^sm_\([0-9]*\)$/\1/p' | sort -n | tail -1)
+  newest=$(newest_arch)
   out=$(mktemp -d); trap 'rm -rf "$out"' EXIT
-  for source in "$here"/*.cu; do
+  for source in $(sources); do
     name=$(basename "$source" .cu); chosen "$name" || continue
     for a in sm_80 sm_90 "sm_$newest"; do
       if compile "$source" "$a" "$out/$name.o" object; then echo "built $name for $a"
@@ -102,7 +126,7 @@ if [ -z "$bin" ]; then
   [ -n "$arch" ] || arch=$(present_arch)
   bin=${build_to:-$root/build/cuda/bin}
   mkdir -p "$bin"
-  for source in "$here"/*.cu; do
+  for source in $(sources); do
     name=$(basename "$source" .cu); chosen "$name" || continue
     started=$SECONDS
     if compile "$source" "$arch" "$bin/$name"; then echo "built $name ($((SECONDS - started)) s)"

@@ -111,13 +111,22 @@ KVLEAN_DEVICE void small_pass(SmallShared& shared, const u32* keys, u32 count, u
   u32 bin = state.digit;
   if (state.mode == cut_joint) {
     u64 rest = 0;
-    find_group_digit<Level>(
-        [&](u32 b) {
-          u64 in_group = 0;
-          for (u32 h = 0; h < heads; ++h) in_group += of_rank(shared.competing[Level % 2], h)[b];
-          return in_group;
-        },
-        state.group_remaining, shared.scratch, digit, rest);
+    // Neighbouring threads read neighbouring bins of the other blocks, all heads at once. Nobody
+    // reads the other buffer any more.
+    u32* in_group = shared.competing[(Level + 1) % 2];
+#pragma unroll
+    for (u32 j = 0; j < each; ++j) {
+      const u32 b = j * cut_threads + threadIdx.x;
+      u32 sum_of_heads = 0;
+#pragma unroll
+      for (u32 h = 0; h < small_heads; ++h) {
+        if (h < heads) sum_of_heads += of_rank(shared.competing[Level % 2], h)[b];
+      }
+      in_group[b] = sum_of_heads;
+    }
+    __syncthreads();
+    find_group_digit<Level>([&](u32 b) { return u64{in_group[b]}; }, state.group_remaining,
+                            shared.scratch, digit, rest);
     if (state.digit != no_digit && state.digit < digit) {
       state.mode = cut_own;
     } else {
