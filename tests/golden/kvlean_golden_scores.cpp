@@ -7,6 +7,7 @@
 #include "kvlean/attention/attend_reference.hpp"
 #include "kvlean/observe/attention_mass.hpp"
 #include "kvlean/reduce/evict.hpp"
+#include "kvlean/score/key_diff.hpp"
 #include "kvlean/score/key_norm.hpp"
 #include "kvlean/score/observed_attention.hpp"
 #include "kvlean/score/streaming_llm.hpp"

@@ -252,3 +252,44 @@ TEST_CASE("rows add up, and scale, to the last element", "[simd]") {
     }
   }
 }
+
+TEST_CASE("rows ahead are fetched, not read", "[simd]") {
+  const u32 width = 40;
+  const u32 rows = 5;
+  const GuardedRows read(9, width, DType::f16, 51);
+  const std::vector<float> queries = normals(rows * width, 52);
+  const std::vector<float> start = normals(rows * width, 53);
+  const GuardedBytes unmapped(1);  // its guards may be fetched, and fault when they are read
+  const std::byte* guard = unmapped.first() - 64;
+  for (const simd::Target target : targets()) {
+    const simd::AttentionKernels& kernels = simd::attention_kernels(target);
+    std::vector<float> products(rows * 9);
+    kernels.score_few({queries.data(), width}, rows, read.rows(), DType::f16, width, {},
+                      {products.data(), 9});
+    std::vector<float> sums = start;
+    kernels.blend({products.data(), 9}, rows, read.rows(), DType::f16, width, {},
+                  {sums.data(), width});
+    for (u32 count = 1; count <= 33; ++count) {
+      const GuardedBytes list(count * sizeof guard);  // the pointers too end at a guard
+      for (u32 i = 0; i < count; ++i) {
+        std::memcpy(list.last() + i * sizeof guard, &guard, sizeof guard);
+      }
+      const simd::RowPointers pointers{reinterpret_cast<const std::byte* const*>(list.last()),
+                                       count};
+      for (const u32 begin : {0u, 4u, 12u, 40u}) {
+        for (const u32 bytes : {0u, 64u, 1000u}) {
+          CAPTURE(simd::name(target), count, begin, bytes);
+          const simd::RowsAhead ahead(pointers, bytes, begin);
+          std::vector<float> fetching(rows * 9);
+          kernels.score_few({queries.data(), width}, rows, read.rows(), DType::f16, width, ahead,
+                            {fetching.data(), 9});
+          REQUIRE(fetching == products);
+          std::vector<float> blended = start;
+          kernels.blend({products.data(), 9}, rows, read.rows(), DType::f16, width, ahead,
+                        {blended.data(), width});
+          REQUIRE(blended == sums);
+        }
+      }
+    }
+  }
+}

@@ -39,7 +39,7 @@ enum class SafeguardMode : u8 {
 /// Errors: budget_below_protected when a layer's nominals sum to less than its floors;
 /// invalid_option for a safeguard outside [0, 1], NaN or a bad weight; null_pointer,
 /// shape_mismatch; workspace_too_small, out_of_memory. On an error the limits are unchanged.
-/// O(tokens) a layer; scratch 16 KiB + 76 bytes a segment.
+/// O(tokens) a layer; scratch 5 KiB, half a byte a token and 92 bytes a segment.
 struct AdaKVAllocator {
   float safeguard = 0.2f;  ///< share of the nominal that every head keeps, in [0, 1]
   SafeguardMode mode = SafeguardMode::hard_floor;
@@ -152,11 +152,12 @@ struct AdaKVAllocator {
   Status normalize_scores(const Group& heads, Entrant* entrants,
                           Workspace& workspace) const noexcept {
     WorkspaceScope scope(workspace);
-    u64* histogram = workspace.take<u64>(detail::allocation::histogram_bins);
-    if (histogram == nullptr) return workspace.exhausted();
+    detail::CutScratch scratch;
+    KVLEAN_RETURN_IF_ERROR(
+        scratch.take(1, *std::max_element(heads.high, heads.high + heads.count), workspace));
     for (u32 i = 0; i < heads.count; ++i) {
       Entrant& head = entrants[i];
-      auto cut = head.cut_of(competing_slots(heads, entrants, i), histogram);
+      auto cut = detail::CutSearch({&head, 1}, competing_slots(heads, entrants, i), scratch).find();
       double best = 0.0;
       double sum = 0.0;
       for (u32 j = 0; j < head.count; ++j) {

@@ -16,8 +16,8 @@ KVLEAN_NAMESPACE_BEGIN
 ///
 /// Errors: budget_below_protected when all nominals sum to less than all floors; invalid_option for
 /// a safeguard outside [0, 1] or a bad weight; null_pointer, shape_mismatch; workspace_too_small,
-/// out_of_memory. On an error the limits are unchanged. O(tokens); scratch 16 KiB + 76 bytes a
-/// segment.
+/// out_of_memory. On an error the limits are unchanged. O(tokens); scratch 5 KiB, half a byte a
+/// token and 92 bytes a segment.
 struct AdaKVLayersAllocator {
   float safeguard = 0.2f;
   const float* head_weight = nullptr;  ///< see HeadWeights; null: all 1

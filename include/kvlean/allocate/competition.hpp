@@ -5,7 +5,7 @@
 #include <cmath>
 
 #include "kvlean/allocate/shares.hpp"
-#include "kvlean/core/order.hpp"
+#include "kvlean/core/score_cut.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -24,68 +24,9 @@ struct HeadWeights {
 
 namespace detail::allocation {
 
-/// The best so-and-so many of a set of score keys: all above `key`, and `ties` of those equal to
-/// it. By default none (no score has this key).
-struct KeyCut {
-  u32 key = 0xffffffffu;
-  u64 ties = 0;
-};
-
-inline constexpr u32 histogram_bins = 2048;
-
-/// The cut of the `wanted` best keys. `for_each(add)` must call add(key, count) for all keys; a
-/// count may be minus something as long as the sum of a key's counts is not. `wanted` is at most
-/// the sum of all counts. A radix selection, three passes of 11, 11 and 10 bits: no copy of the
-/// keys, O(keys) whatever the data, and ranks that hold parts of the keys need only add their
-/// histograms.
-template <class ForEach>
-[[nodiscard]] KeyCut find_cut(u64 wanted, u64* histogram, ForEach&& for_each) noexcept {
-  if (wanted == 0) return {};
-  constexpr u32 shifts[] = {21, 10, 0};
-  u32 prefix = 0;
-  u32 known = 0;  // the bits of `prefix` that are decided
-  for (const u32 shift : shifts) {
-    const u32 digits = ~known >> shift;  // what this pass decides, shifted down
-    std::fill_n(histogram, histogram_bins, u64{0});
-    for_each([=](u32 key, u64 count) noexcept {
-      if ((key & known) == prefix) histogram[(key >> shift) & digits] += count;
-    });
-    u32 digit = digits;
-    while (digit > 0 && histogram[digit] < wanted) wanted -= histogram[digit--];
-    prefix |= digit << shift;
-    known |= digits << shift;
-  }
-  return {prefix, wanted};
-}
-
-/// One segment in a competition: its unprotected tokens, which are one run.
-struct Entrant {
-  const float* scores = nullptr;  ///< [count] the candidates
-  u32 count = 0;
-  u32 safe = 0;         ///< this many of the best do not compete: they are granted beforehand
-  float weight = 1.0f;  ///< multiplies the scores
-  KeyCut safe_cut;      ///< the safe ones, once find_safe() was called
-
-  [[nodiscard]] u32 key(u32 candidate) const noexcept {
-    return score_key(scores[candidate] * weight);
-  }
-  void find_safe(u64* histogram) noexcept { safe_cut = cut_of(safe, histogram); }
-  /// The cut of this segment's `wanted` best candidates, safe ones included.
-  [[nodiscard]] KeyCut cut_of(u32 wanted, u64* histogram) const noexcept {
-    return find_cut(wanted, histogram, [this](auto&& add) noexcept {
-      for (u32 i = 0; i < count; ++i) add(key(i), u64{1});
-    });
-  }
-  /// add(key, count) for every candidate; the counts of those that do not compete add up to zero.
-  template <class Add>
-  void for_each_competing(Add&& add) const noexcept {
-    for (u32 i = 0; i < count; ++i) {
-      const u32 k = key(i);
-      add(k, static_cast<u64>(k <= safe_cut.key));  // a branch would be mispredicted half the time
-    }
-    if (safe_cut.ties != 0) add(safe_cut.key, u64{0} - safe_cut.ties);
-  }
-};
+/// One segment in a competition: its unprotected tokens, which are one run. Its safe ones are
+/// granted beforehand.
+using Entrant = ScoreRun;
 
 /// Fills entrants[s] for a layer's segments. Errors: null_pointer without scores; shape_mismatch
 /// when scores and cache disagree; invalid_option for a weight that is negative, infinite or NaN.
@@ -134,26 +75,20 @@ struct Entrant {
 /// The global top-`slots` over all entrants' competing candidates: won[s] of them are segment s's.
 /// Order: score descending, then entrant, NaN last; which tokens of a segment win is decided by the
 /// same order when tokens are selected, so counts need no token index. `slots` is at most the
-/// number of competing candidates. O(candidates); scratch 16 KiB, whatever the length. Errors:
-/// workspace_too_small, out_of_memory.
-[[nodiscard]] inline Status compete(std::span<Entrant> entrants, u64 slots, u32* won,
+/// number of competing candidates. O(candidates); scratch 4 KiB, half a byte a candidate and 48
+/// bytes an entrant. Errors: workspace_too_small, out_of_memory.
+[[nodiscard]] inline Status compete(std::span<const Entrant> entrants, u64 slots, u32* won,
                                     Workspace& workspace) noexcept {
   WorkspaceScope scope(workspace);
-  u64* histogram = workspace.take<u64>(histogram_bins);
-  if (histogram == nullptr) return workspace.exhausted();
-  for (Entrant& entrant : entrants) entrant.find_safe(histogram);
-  const KeyCut cut = find_cut(slots, histogram, [entrants](auto&& add) noexcept {
-    for (const Entrant& entrant : entrants) entrant.for_each_competing(add);
-  });
-  u64 ties_left = cut.ties;
+  u64 candidates = 0;
+  for (const Entrant& entrant : entrants) candidates += entrant.count;
+  CutScratch scratch;
+  KVLEAN_RETURN_IF_ERROR(scratch.take(entrants.size(), candidates, workspace));
+  CutSearch search(entrants, slots, scratch);
+  u64 ties_left = search.find().ties;
   for (std::size_t s = 0; s < entrants.size(); ++s) {
-    u64 above = 0;
-    u64 equal = 0;
-    entrants[s].for_each_competing([&](u32 key, u64 count) noexcept {
-      above += static_cast<u64>(key > cut.key) * count;
-      equal += static_cast<u64>(key == cut.key) * count;
-    });
-    const u64 ties = std::min(equal, ties_left);
+    const u64 above = search.above_cut(s);
+    const u64 ties = std::min(search.reaching_cut(s) - above, ties_left);
     ties_left -= ties;
     won[s] = static_cast<u32>(above + ties);
   }
@@ -179,7 +114,8 @@ struct Entrant {
   }
   KVLEAN_RETURN_IF_ERROR(compete({entrants, group.count}, slots, won, workspace));
   for (u32 i = 0; i < group.count; ++i) {
-    group.value[i] = group.high[i] - entrants[i].count + entrants[i].safe + won[i];
+    group.value[i] =
+        group.high[i] - entrants[i].count + static_cast<u32>(entrants[i].safe) + won[i];
   }
   return StatusCode::ok;
 }

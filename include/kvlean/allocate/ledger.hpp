@@ -29,7 +29,7 @@ struct LedgerTerms {
   u32 candidates = 0;  ///< unprotected tokens of a segment
   u32 safe = 0;        ///< of these, granted
   u64 slots = 0;       ///< of all layers together, to compete for
-  u64 capacity = 0;    ///< keys to hold at most
+  u64 capacity = 0;    ///< scores to hold at most
 
   LedgerTerms() noexcept = default;
   explicit LedgerTerms(const LedgerShape& shape) noexcept {
@@ -54,21 +54,22 @@ struct LedgerTerms {
 /// seen so far: a layer's limits only ever shrink, and once every layer was added, in any order,
 /// they equal AdaKVLayersAllocator's on all layers at once, exactly, ties and NaN included.
 ///
-/// State is 4 bytes per candidate that is still in, room for one more layer's, 16 bytes a segment
-/// and 16 KiB; bytes_for() is the sum. It is taken by start() and must outlive the ledger's use:
-/// give it a workspace, or a part of one, that is not rewound in between. With n tokens, H segments
-/// a layer and S in all, add_layer() costs O(H n) to look at the layer, O(m log m) to sort the m
-/// candidates that reach the running cut, O(32 S log n) to move the cut, and now and then one pass
-/// over the kept keys to close gaps.
+/// State is 4.5 bytes per candidate that is still in, as much for one more layer's, 96 bytes a
+/// segment and 5 KiB; bytes_for() is the sum. It is taken by start() and must outlive the ledger's
+/// use: give it a workspace, or a part of one, that is not rewound in between. With n tokens, H
+/// segments a layer, add_layer() costs O(H n) to look at the layer, O(candidates that are still in)
+/// to move the cut, and now and then one pass over the kept scores to close gaps.
 class LayerLedger {
  public:
   /// Workspace bytes that start() takes at most.
   [[nodiscard]] static std::size_t bytes_for(const LedgerShape& shape) noexcept {
     return Workspace::bytes_for<Run>(segments_of(shape)) +
            Workspace::bytes_for<u8>(shape.num_layers) +
-           Workspace::bytes_for<u64>(detail::allocation::histogram_bins) +
            Workspace::bytes_for<Entrant>(shape.segments) +
-           Workspace::bytes_for<u32>(Terms(shape).capacity);
+           Workspace::bytes_for<Entrant>(segments_of(shape)) +
+           Workspace::bytes_for<Entrant>(2 * segments_of(shape)) +
+           Workspace::bytes_for<float>(Terms(shape).capacity) +
+           Workspace::bytes_for<float>(Scratch::floats_for(searched(shape)));
   }
 
   /// Takes the state and forgets every layer. Errors: invalid_shape for no layer or no segment, or
@@ -82,20 +83,21 @@ class LayerLedger {
     if (terms.nominal < terms.floor) return StatusCode::budget_below_protected;
     Run* runs = workspace.take_zeroed<Run>(all);
     u8* seen = workspace.take_zeroed<u8>(shape.num_layers);
-    u64* histogram = workspace.take<u64>(detail::allocation::histogram_bins);
     Entrant* entrants = workspace.take<Entrant>(shape.segments);
-    u32* keys = workspace.take<u32>(terms.capacity);
-    if (runs == nullptr || seen == nullptr || histogram == nullptr || entrants == nullptr ||
-        keys == nullptr) {
+    Entrant* arrived = workspace.take<Entrant>(all);
+    float* scores = workspace.take<float>(terms.capacity);
+    if (runs == nullptr || seen == nullptr || entrants == nullptr || arrived == nullptr ||
+        scores == nullptr) {
       return workspace.exhausted();
     }
+    Scratch scratch;
+    KVLEAN_RETURN_IF_ERROR(scratch.take(all, searched(shape), workspace));
     shape_ = shape;
     terms_ = terms;
     seen_ = seen;
-    histogram_ = histogram;
     entrants_ = entrants;
     layers_seen_ = 0;
-    cut_ = {runs, static_cast<u32>(all), keys, terms.capacity, terms.slots};
+    cut_ = {runs, arrived, static_cast<u32>(all), scores, terms.capacity, terms.slots, scratch};
     return StatusCode::ok;
   }
 
@@ -120,9 +122,7 @@ class LayerLedger {
     if (terms_.slots == 0) return StatusCode::ok;
     cut_.reserve(static_cast<u64>(shape_.segments) * (terms_.candidates - terms_.safe));
     for (u32 s = 0; s < shape_.segments; ++s) {
-      entrants_[s].safe = terms_.safe;
-      entrants_[s].find_safe(histogram_);
-      cut_.append(layer * shape_.segments + s, entrants_[s]);
+      cut_.append(layer * shape_.segments + s, entrants_[s], terms_.safe);
     }
     cut_.settle();
     return StatusCode::ok;
@@ -143,15 +143,20 @@ class LayerLedger {
   using Terms = detail::allocation::LedgerTerms;
   using Run = detail::allocation::RunningCut::Run;
   using Entrant = detail::allocation::Entrant;
+  using Scratch = detail::CutScratch;
 
   [[nodiscard]] static u64 segments_of(const LedgerShape& shape) noexcept {
     return static_cast<u64>(shape.num_layers) * shape.segments;
   }
 
+  // Scores of the largest search: one segment's, or all that are held.
+  [[nodiscard]] static u64 searched(const LedgerShape& shape) noexcept {
+    return std::max<u64>(Terms(shape).capacity, shape.tokens);
+  }
+
   LedgerShape shape_;
   Terms terms_;
-  u8* seen_ = nullptr;  // [layers]
-  u64* histogram_ = nullptr;
+  u8* seen_ = nullptr;           // [layers]
   Entrant* entrants_ = nullptr;  // [segments]
   u32 layers_seen_ = 0;
   detail::allocation::RunningCut cut_;

@@ -2,8 +2,9 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "kvlean/apply/shared_terms.hpp"
 #include "kvlean/core/validate_plan.hpp"
-#include "kvlean/simd/row_math.hpp"
+#include "kvlean/simd/merge_kernels.hpp"
 
 // The blend of a slot's anchor and terms, turned to the slot's position. In place and out of place
 // call the same functions, which is why their results are the same bits.
@@ -37,16 +38,79 @@ struct SlotWeights {
   return weights;
 }
 
-/// sum [width] = self * row(anchor) + sum of weight * row(token), in that order, in float.
-inline void blend(const Rows& rows, u32 segment, const SlotWeights& weights, float* sum) noexcept {
-  float row[max_row_width];
-  load_row(rows, segment, weights.anchor, sum);
-  row_math::scale(sum, weights.self, rows.width);
-  for (u64 term = weights.begin; term < weights.end; ++term) {
-    load_row(rows, segment, weights.token[term], row);
-    row_math::add_scaled(sum, row, weights.weight[term], rows.width);
+/// Weighted sums of one segment's rows: self * row(anchor) + weight * row(token) + .., in that
+/// order, in float, with the same bits whatever the layout.
+class RowBlender {
+ public:
+  RowBlender(const Rows& from, u32 segment) noexcept
+      : from_(from), segment_(segment), address_(from, segment) {}
+
+  [[nodiscard]] const RowAddresses& address() const noexcept { return address_; }
+  /// Whether kernels can write sums to rows of `to`, without a row of floats between.
+  [[nodiscard]] bool writes_rows_of(const Rows& to) const noexcept {
+    return is_contiguous_row(from_) && to.store == nullptr && to.dim_stride == 1 &&
+           (to.dtype == from_.dtype || to.dtype == DType::f32);
   }
-}
+
+  /// sum [width], in float.
+  void blend(const SlotWeights& weights, float* sum) const noexcept {
+    const simd::MergeKernels& kernels = simd::merge_kernels();
+    const u32 width = from_.width;
+    const u32* token = weights.token + weights.begin;
+    const float* weight = weights.weight + weights.begin;
+    u64 left = weights.end - weights.begin;
+    if (is_contiguous_row(from_)) {
+      const std::byte* pointers[terms_at_once];
+      u32 n = at_once(left);
+      kernels.weigh(
+          {address_(weights.anchor), weights.self, address_.point(token, n, pointers), weight},
+          from_.dtype, width, true, false, sum);
+      for (left -= n; left != 0; left -= n) {
+        token += n;
+        weight += n;
+        n = at_once(left);
+        kernels.add_weighed(address_.point(token, n, pointers), weight, from_.dtype, width, sum);
+      }
+      return;
+    }
+    float row[max_row_width];
+    load_row(from_, segment_, weights.anchor, row);
+    kernels.weigh({row, weights.self, {}, nullptr}, DType::f32, width, true, false, sum);
+    for (u64 term = 0; term < left; ++term) {
+      load_row(from_, segment_, token[term], row);
+      kernels.add_scaled(sum, row, weight[term], width);
+    }
+  }
+
+  /// The same, rounded into row `to_token` of `to`, which may be one of the rows read. `stream` as
+  /// simd::MergeKernels::weigh has it, for rows that streams() allows.
+  void write(const SlotWeights& weights, const Rows& to, u32 to_token,
+             bool stream = false) const noexcept {
+    const u64 terms = weights.end - weights.begin;
+    if (!writes_rows_of(to) || terms > terms_at_once) {
+      float sum[max_row_width];
+      blend(weights, sum);
+      store_row(to, segment_, to_token, sum);
+      return;
+    }
+    const std::byte* pointers[terms_at_once];
+    const simd::RowPointers rows =
+        address_.point(weights.token + weights.begin, static_cast<u32>(terms), pointers);
+    simd::merge_kernels().weigh(
+        {address_(weights.anchor), weights.self, rows, weights.weight + weights.begin}, from_.dtype,
+        from_.width, to.dtype == DType::f32, stream, row_address(to, segment_, to_token));
+  }
+
+ private:
+  static constexpr u32 terms_at_once = 32;
+  [[nodiscard]] static u32 at_once(u64 terms) noexcept {
+    return terms < terms_at_once ? static_cast<u32>(terms) : terms_at_once;
+  }
+
+  const Rows& from_;
+  u32 segment_;
+  RowAddresses address_;
+};
 
 /// The rotation that a plan asks for, prepared once an apply; the plan must be valid.
 class KeyRotation {
@@ -88,27 +152,41 @@ class KeyWriter {
  public:
   KeyWriter(const CompressionPlan& plan, const CacheView& cache, const KeyRotation& rotation,
             u32 segment) noexcept
-      : plan_(plan), cache_(cache), rotation_(rotation), segment_(segment) {}
+      : plan_(plan),
+        cache_(cache),
+        rotation_(rotation),
+        segment_(segment),
+        blender_(cache.keys, segment) {}
 
   [[nodiscard]] bool changes(u64 slot) const noexcept {
     return key_changes(plan_, cache_, segment_, slot);
   }
+  /// Whether changed slots' keys are the weighted sums of rows as they lie, and nothing else.
+  [[nodiscard]] bool blends_rows() const noexcept {
+    return (plan_.needs & needs_moved_keys) != 0 && !plan_.has_literal_keys() &&
+           !rotation_.aligns() && !keys_turn(plan_, cache_);
+  }
   /// Writes a changed slot's key into row `to_token` of `to`.
-  void write(u64 slot, const Rows& to, u32 to_token) noexcept {
+  void write(u64 slot, const Rows& to, u32 to_token, bool stream = false) noexcept {
     if (plan_.has_literal_keys()) {
       const u32 row = static_cast<u32>(slot - plan_.first[segment_]);
       copy_row(plan_.literal_keys, segment_, row, to, segment_, to_token);
       return;
     }
-    float sum[max_row_width];
     const SlotWeights weights = key_weights(plan_, slot);
-    if ((plan_.needs & needs_moved_keys) == 0) {  // turned only
+    const bool blends = (plan_.needs & needs_moved_keys) != 0;
+    if (blends_rows()) {
+      blender_.write(weights, to, to_token, stream);
+      return;
+    }
+    float sum[max_row_width];
+    if (!blends) {  // turned only
       load_row(cache_.keys, segment_, weights.anchor, sum);
       turn(anchor_turn_, slot, weights.anchor, sum);
     } else if (rotation_.aligns()) {
       blend_aligned(slot, weights, sum);
     } else {
-      blend(cache_.keys, segment_, weights, sum);
+      blender_.blend(weights, sum);
       turn(anchor_turn_, slot, weights.anchor, sum);
     }
     store_row(to, segment_, to_token, sum);
@@ -122,15 +200,16 @@ class KeyWriter {
     last.rotate(rotation_.rotation(), shift, row);
   }
   void blend_aligned(u64 slot, const SlotWeights& weights, float* sum) noexcept {
+    const simd::MergeKernels& kernels = simd::merge_kernels();
     const u32 width = cache_.keys.width;
     float row[max_row_width];
     load_row(cache_.keys, segment_, weights.anchor, sum);
     turn(anchor_turn_, slot, weights.anchor, sum);
-    row_math::scale(sum, weights.self, width);
+    kernels.weigh({sum, weights.self, {}, nullptr}, DType::f32, width, true, false, sum);
     for (u64 term = weights.begin; term < weights.end; ++term) {
       load_row(cache_.keys, segment_, weights.token[term], row);
       turn(term_turn_, slot, weights.token[term], row);
-      row_math::add_scaled(sum, row, weights.weight[term], width);
+      kernels.add_scaled(sum, row, weights.weight[term], width);
     }
   }
 
@@ -138,21 +217,61 @@ class KeyWriter {
   const CacheView& cache_;
   const KeyRotation& rotation_;
   u32 segment_;
+  RowBlender blender_;
   LastTurn anchor_turn_;
   LastTurn term_turn_;
 };
 
-/// Writes a changed slot's value into row `to_token` of `to`.
+/// Writes the values of a segment's changed slots. One a task; slots in ascending order.
+class ValueWriter {
+ public:
+  ValueWriter(const CompressionPlan& plan, const Rows& values, u32 segment) noexcept
+      : plan_(plan),
+        segment_(segment),
+        blender_(values, segment),
+        shared_(values, segment, blender_.address(), plan.term_token,
+                plan.term_value_weight != nullptr ? plan.term_value_weight : plan.term_weight) {}
+  ValueWriter(const ValueWriter&) = delete;
+  ValueWriter& operator=(const ValueWriter&) = delete;
+
+  [[nodiscard]] bool changes(u64 slot) const noexcept { return value_changes(plan_, slot); }
+  /// Writes a changed slot's value into row `to_token` of `to`.
+  void write(u64 slot, const Rows& to, u32 to_token, bool stream = false) noexcept {
+    if (plan_.has_literal_values()) {
+      const u32 row = static_cast<u32>(slot - plan_.first[segment_]);
+      copy_row(plan_.literal_values, segment_, row, to, segment_, to_token);
+      return;
+    }
+    const SlotWeights weights = value_weights(plan_, slot);
+    if (shares_terms(plan_, segment_, slot)) {
+      write_shared(weights, to, to_token);
+    } else {
+      blender_.write(weights, to, to_token, stream);
+    }
+  }
+
+ private:
+  void write_shared(const SlotWeights& weights, const Rows& to, u32 to_token) noexcept {
+    const bool direct = blender_.writes_rows_of(to);
+    if (direct && shared_.write(weights.anchor, weights.self, weights.begin, weights.end,
+                                to.dtype == DType::f32, row_address(to, segment_, to_token))) {
+      return;
+    }
+    float sum[max_row_width];
+    shared_.add(weights.anchor, weights.self, weights.begin, weights.end, sum);
+    store_row(to, segment_, to_token, sum);
+  }
+
+  const CompressionPlan& plan_;
+  u32 segment_;
+  RowBlender blender_;
+  SharedTerms shared_;
+};
+
+/// The same for one slot alone.
 inline void write_value(const CompressionPlan& plan, const Rows& values, u32 segment, u64 slot,
                         const Rows& to, u32 to_token) noexcept {
-  if (plan.has_literal_values()) {
-    const u32 row = static_cast<u32>(slot - plan.first[segment]);
-    copy_row(plan.literal_values, segment, row, to, segment, to_token);
-    return;
-  }
-  float sum[max_row_width];
-  blend(values, segment, value_weights(plan, slot), sum);
-  store_row(to, segment, to_token, sum);
+  ValueWriter(plan, values, segment).write(slot, to, to_token);
 }
 
 /// Whether carrying out a plan may write rows before any moves.
@@ -168,12 +287,11 @@ inline void fold_segment(const CompressionPlan& plan, const CacheView& cache,
                          const KeyRotation& rotation, u32 segment) noexcept {
   if (!rewrites_rows(plan, cache)) return;
   KeyWriter keys(plan, cache, rotation, segment);
+  ValueWriter values(plan, cache.values, segment);
   for (u64 slot = plan.first[segment]; slot < plan.first[segment + 1]; ++slot) {
     const u32 anchor = plan.anchor[slot];
     if (keys.changes(slot)) keys.write(slot, cache.keys, anchor);
-    if (value_changes(plan, slot)) {
-      write_value(plan, cache.values, segment, slot, cache.values, anchor);
-    }
+    if (values.changes(slot)) values.write(slot, cache.values, anchor);
   }
 }
 

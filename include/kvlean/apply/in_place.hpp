@@ -87,14 +87,51 @@ template <class T>
   return StatusCode::ok;
 }
 
-/// Moves a per-slot array along with the anchors, or takes the plan's values where it has them.
+/// fold_segment() and compact_segment() of a plan that turns_while_moving(), keys in one pass.
+inline void turn_and_compact_segment(const CompressionPlan& plan, const CacheView& cache,
+                                     const KeyRotation& rotation, u32 s) noexcept {
+  const u32* anchor = plan.anchor + plan.first[s];
+  const u32 count = plan.length[s];
+  const u32 length = cache.length(s);
+  const bool value_bytes = moves_as_bytes(cache.values, cache.values);
+  const bool apart = !hull(cache.keys, s, length).overlaps(hull(cache.values, s, length));
+  if (!value_bytes && !apart) {
+    fold_segment(plan, cache, rotation, s);
+    compact_segment(cache.keys, cache.values, s, length, anchor, count);
+    return;
+  }
+  for (u32 j = 0; (plan.needs & needs_changed_values) != 0 && j < count; ++j) {
+    const u64 slot = plan.first[s] + j;
+    if (value_changes(plan, slot)) {
+      write_value(plan, cache.values, s, slot, cache.values, anchor[j]);
+    }
+  }
+  const auto shift_of = [&](u32 j) noexcept {
+    return i64{plan.position[plan.first[s] + j]} - i64{cache.position(s, anchor[j])};
+  };
+  u32 begin = 0;
+  while (begin < count && anchor[begin] == begin && shift_of(begin) == 0) ++begin;
+  simd::RowMoves sets[2];
+  sets[0] = moves_of(cache.keys, cache.keys, s, apart);
+  if (value_bytes) sets[1] = moves_of(cache.values, cache.values, s, apart);
+  gather_turned(rotation.rotation(), cache.keys.dtype, sets, value_bytes ? 2 : 1, anchor, begin,
+                count, apart ? turned_block : 1, shift_of);
+  while (begin < count && anchor[begin] == begin) ++begin;
+  if (!value_bytes && begin < count) gather_in_place(cache.values, s, anchor, begin, count);
+}
+
+/// Moves a per-slot array, of 4 bytes a slot, along with the anchors, or takes the plan's values
+/// where it has them.
 template <class T>
 void compact_array(const CompressionPlan& plan, const Ragged<T>& values, const T* replacement,
                    u32 frozen, u32 segment) noexcept {
   T* array = values.segment(segment);
   const u64 first = plan.first[segment];
-  for (u32 j = frozen; j < plan.length[segment]; ++j) {
-    array[j] = replacement != nullptr ? replacement[first + j] : array[plan.anchor[first + j]];
+  const u32 count = plan.length[segment];
+  if (replacement != nullptr) {
+    std::copy(replacement + first + frozen, replacement + first + count, array + frozen);
+  } else {
+    simd::move_kernels().gather_values(array, plan.anchor + first, frozen, count, array);
   }
 }
 
@@ -146,7 +183,12 @@ void adopt_length(KVCache<K, V>& cache, const CacheView& view) noexcept {
   if (!cache.keys.writable || !cache.values.writable) return StatusCode::read_only;
   KVLEAN_RETURN_IF_ERROR(detail::check_cache_can_hold(plan, cache));
   const detail::KeyRotation rotation(plan, cache);
+  const bool turns = detail::turns_while_moving(plan, cache.keys, cache.keys, cache);
   parallel_for(executor, plan.segments, [&](u32, u32 s) noexcept {
+    if (turns) {
+      detail::turn_and_compact_segment(plan, cache, rotation, s);
+      return;
+    }
     detail::fold_segment(plan, cache, rotation, s);
     detail::compact_segment(cache.keys, cache.values, s, cache.length(s),
                             plan.anchor + plan.first[s], plan.length[s]);

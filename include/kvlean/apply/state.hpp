@@ -7,6 +7,7 @@
 
 #include "kvlean/core/plan.hpp"
 #include "kvlean/core/ragged.hpp"
+#include "kvlean/simd/move_kernels.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -70,9 +71,8 @@ namespace detail {
         }
       }
     }
-    for (u64 slot = plan.first[s]; slot < plan.first[s + 1]; ++slot) {
-      values[slot - plan.first[s]] = values[plan.anchor[slot]];
-    }
+    const u32* anchor = plan.anchor + plan.first[s];
+    simd::move_kernels().gather_values(values, anchor, 0, plan.length[s], values);
   }
   return StatusCode::ok;
 }

@@ -63,42 +63,89 @@ namespace detail {
   return StatusCode::ok;
 }
 
-/// Writes one segment's keys or values, slot j into row j: unchanged neighbours in one piece.
-template <class Changes, class Write>
-void write_segment(const CompressionPlan& plan, const Rows& from, const Rows& to, u32 s,
-                   Changes&& changes, Write&& write) noexcept {
-  const u32* anchor = plan.anchor + plan.first[s];
-  for (u32 j = 0; j < plan.length[s];) {
-    const u64 slot = plan.first[s] + j;
-    if (changes(slot)) {
-      write(slot, j);
-      ++j;
-      continue;
-    }
-    u32 n = 1;
-    while (j + n < plan.length[s] && anchor[j + n] == anchor[j] + n && !changes(slot + n)) ++n;
+/// Copies the anchors of slots [begin, end) of a segment to rows of the same numbers, through
+/// conversions or element by element.
+inline void convert_rows(const Rows& from, const Rows& to, u32 s, const u32* anchor, u32 begin,
+                         u32 end) noexcept {
+  for (u32 j = begin; j < end;) {
+    const u32 n = run_length(anchor + j, end - j);
     copy_tokens(from, s, anchor[j], to, s, j, n);
     j += n;
   }
 }
 
-inline void write_segment_to(const CompressionPlan& plan, const CacheView& from,
-                             const CacheView& to, const KeyRotation& rotation, u32 s) noexcept {
-  KeyWriter keys(plan, from, rotation, s);
-  write_segment(
-      plan, from.keys, to.keys, s, [&](u64 slot) noexcept { return keys.changes(slot); },
-      [&](u64 slot, u32 j) noexcept { keys.write(slot, to.keys, j); });
-  write_segment(
-      plan, from.values, to.values, s, [&](u64 slot) noexcept { return value_changes(plan, slot); },
-      [&](u64 slot, u32 j) noexcept { write_value(plan, from.values, s, slot, to.values, j); });
-  for (u32 j = 0; j < plan.length[s]; ++j) {
-    const u64 slot = plan.first[s] + j;
-    const u32 anchor = plan.anchor[slot];
-    if (to.positions) to.positions(s, j) = slot_position(plan, from, s, slot);
-    if (to.log_mass) {
-      to.log_mass(s, j) =
-          plan.log_mass != nullptr ? plan.log_mass[slot] : from.mass_bias(s, anchor);
+/// Writes a segment's rows: changed ones one by one, those between them in one piece.
+inline void write_rows(const CompressionPlan& plan, const CacheView& from, const CacheView& to,
+                       const KeyRotation& rotation, u32 s, bool stream) noexcept {
+  const u32* anchor = plan.anchor + plan.first[s];
+  const u32 count = plan.length[s];
+  const simd::MoveKernels& kernels = simd::move_kernels();
+  const bool key_bytes = moves_as_bytes(from.keys, to.keys);
+  const bool value_bytes = moves_as_bytes(from.values, to.values);
+  simd::RowMoves keys;
+  simd::RowMoves values;
+  if (key_bytes) keys = moves_of(from.keys, to.keys, s, true);
+  if (value_bytes) values = moves_of(from.values, to.values, s, true);
+  const auto copy = [&](u32 begin, u32 end, bool with_keys, bool with_values) noexcept {
+    simd::RowMoves sets[2];
+    u32 num_sets = 0;
+    if (with_keys && key_bytes) sets[num_sets++] = keys;
+    if (with_values && value_bytes) sets[num_sets++] = values;
+    if (num_sets != 0) kernels.gather(sets, num_sets, anchor, begin, end, count, stream);
+    if (with_keys && !key_bytes) convert_rows(from.keys, to.keys, s, anchor, begin, end);
+    if (with_values && !value_bytes) convert_rows(from.values, to.values, s, anchor, begin, end);
+  };
+  if (!rewrites_rows(plan, from)) {
+    copy(0, count, true, true);
+  } else if (turns_while_moving(plan, from.keys, to.keys, from) && value_bytes &&
+             (plan.needs & needs_changed_values) == 0) {
+    const simd::RowMoves sets[2] = {keys, values};
+    gather_turned(rotation.rotation(), from.keys.dtype, sets, 2, anchor, 0, count, turned_block,
+                  [&](u32 j) noexcept {
+                    return i64{plan.position[plan.first[s] + j]} - i64{from.position(s, anchor[j])};
+                  });
+  } else {
+    KeyWriter writer(plan, from, rotation, s);
+    for (u32 j = 0; j < count;) {
+      const u64 slot = plan.first[s] + j;
+      const bool key_moves = writer.changes(slot);
+      const bool value_moves = value_changes(plan, slot);
+      u32 n = 1;
+      while (!key_moves && !value_moves && j + n < count && !writer.changes(slot + n) &&
+             !value_changes(plan, slot + n)) {
+        ++n;
+      }
+      if (key_moves) writer.write(slot, to.keys, j);
+      if (value_moves) write_value(plan, from.values, s, slot, to.values, j);
+      copy(j, j + n, !key_moves, !value_moves);
+      j += n;
     }
+  }
+  if (stream) kernels.gather(nullptr, 0, anchor, 0, 0, 0, true);
+}
+
+/// Writes a segment's rows, positions and log mass. With `stream`, rows that are only moved go past
+/// the caches.
+inline void write_segment_to(const CompressionPlan& plan, const CacheView& from,
+                             const CacheView& to, const KeyRotation& rotation, u32 s,
+                             bool stream = false) noexcept {
+  write_rows(plan, from, to, rotation, s, stream);
+  const u32* anchor = plan.anchor + plan.first[s];
+  const u32 count = plan.length[s];
+  const simd::MoveKernels& kernels = simd::move_kernels();
+  if (to.positions && plan.position != nullptr) {
+    std::copy_n(plan.position + plan.first[s], count, to.positions.segment(s));
+  } else if (to.positions && from.positions) {
+    kernels.gather_values(from.positions.segment(s), anchor, 0, count, to.positions.segment(s));
+  } else if (to.positions) {
+    std::copy_n(anchor, count, to.positions.segment(s));
+  }
+  if (to.log_mass && plan.log_mass != nullptr) {
+    std::copy_n(plan.log_mass + plan.first[s], count, to.log_mass.segment(s));
+  } else if (to.log_mass && from.log_mass) {
+    kernels.gather_values(from.log_mass.segment(s), anchor, 0, count, to.log_mass.segment(s));
+  } else if (to.log_mass) {
+    std::fill_n(to.log_mass.segment(s), count, 0.0f);
   }
 }
 
@@ -125,8 +172,13 @@ template <Cache Source>
   KVLEAN_RETURN_IF_ERROR(destination.set_lengths({plan.length, plan.segments}));
   const CacheView to = destination.view();
   const detail::KeyRotation rotation(plan, from);
-  parallel_for(executor, plan.segments,
-               [&](u32, u32 s) noexcept { detail::write_segment_to(plan, from, to, rotation, s); });
+  // What fits into the caches stays there.
+  constexpr u64 large = u64{8} << 20;
+  const RaggedShape& shape = destination.shape();
+  const bool stream = plan.num_slots() * RaggedKVCache::slot_bytes(shape) >= large;
+  parallel_for(executor, plan.segments, [&](u32, u32 s) noexcept {
+    detail::write_segment_to(plan, from, to, rotation, s, stream);
+  });
   destination.set_next_position(plan.next_position >= 0 ? plan.next_position : from.next_position);
   destination.set_rope(from.rope);
   destination.set_rope_pairing(from.rope_pairing);

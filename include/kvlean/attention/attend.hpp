@@ -4,26 +4,49 @@
 
 #include <limits>
 
-#include "kvlean/attention/attend_tile.hpp"
-#include "kvlean/core/executor.hpp"
+#include "kvlean/attention/attend_tasks.hpp"
+#include "kvlean/core/workspace.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 namespace detail {
 
+inline constexpr u32 attend_stack_units = 128;
+inline constexpr std::size_t attend_stack_bytes = std::size_t{1} << 16;
+
+/// Long segments cut for several workers, with what there is of stack.
+inline void attend_cut(AttendTasks& tasks) noexcept {
+  AttendUnit units[attend_stack_units];
+  alignas(64) std::byte parts[attend_stack_bytes];
+  if (tasks.plan(units, sizeof parts) <= sizeof parts) tasks.place_parts(parts);
+  tasks.run_planned();
+}
+
 [[nodiscard]] inline Status attend_view(const Queries& queries, const CacheView& cache,
                                         const AttentionSpec& spec, const AttentionOutput& output,
-                                        const Executor& executor) noexcept {
+                                        const Executor& executor,
+                                        Workspace* workspace = nullptr) noexcept {
   KVLEAN_RETURN_IF_ERROR(check_attention(queries, cache, spec, output));
-  const u64 rows = static_cast<u64>(queries.rows.heads / cache.segments) * queries.count;
-  const u32 step = AttendTile::query_rows(cache);
-  const u64 tiles = (rows + step - 1) / step;
-  if (tiles * cache.segments > std::numeric_limits<u32>::max()) return StatusCode::invalid_shape;
-  parallel_for(executor, static_cast<u32>(tiles * cache.segments), [&](u32, u32 index) noexcept {
-    const u64 first_row = index % tiles * step;
-    AttendTile tile(queries, cache, spec, output);
-    tile.run(static_cast<u32>(index / tiles), first_row,
-             static_cast<u32>(std::min<u64>(step, rows - first_row)));
-  });
+  const AttendContext context(queries, cache, spec, output);
+  AttendTasks tasks(context, executor);
+  if (tasks.units() > std::numeric_limits<u32>::max()) return StatusCode::invalid_shape;
+  if (!tasks.worth_cutting()) {
+    tasks.run_whole();
+    return StatusCode::ok;
+  }
+  if (workspace != nullptr) {
+    const WorkspaceScope scope(*workspace);
+    AttendUnit* units = workspace->take<AttendUnit>(tasks.units());
+    if (units == nullptr) return workspace->exhausted();
+    const std::size_t bytes = tasks.plan(units, std::numeric_limits<std::size_t>::max());
+    std::byte* parts = workspace->take<std::byte>(bytes);
+    if (parts == nullptr) return workspace->exhausted();
+    tasks.place_parts(parts);
+    tasks.run_planned();
+  } else if (tasks.units() <= attend_stack_units) {
+    attend_cut(tasks);
+  } else {
+    tasks.run_whole();
+  }
   return StatusCode::ok;
 }
 
@@ -41,9 +64,14 @@ namespace detail {
 /// `output.values` may be null when only the LSE is wanted: then no value row is read.
 ///
 /// float arithmetic, Z summed in double over tiles; any layout and storage type. The output must
-/// not overlap the cache or the queries. No allocation: about 62 KiB of stack a worker. A loaded
-/// K/V row serves up to 32 query rows of its group; work is split by shape, so the bits do not
-/// depend on the executor. O(query_heads * count * visible tokens * (key width + value width)).
+/// not overlap the cache or the queries. A loaded K/V row serves up to 32 query rows of its group.
+/// O(query_heads * count * visible tokens * (key width + value width)).
+///
+/// Few query rows of a group (8, less where rows are very wide) are what decoding has. Then tokens
+/// are read at the speed of memory, in blocks of 1024 or more by shape alone, whose results are
+/// merged in a fixed order: a long segment is work for several workers, and the bits are the same
+/// for any executor. No allocation: about 70 KiB of stack a worker, and 64 KiB more in the calling
+/// thread where segments are cut.
 ///
 /// Errors, all found before anything is written: those of check_cache and check_queries (no
 /// queries: missing_observation), null_pointer (no output at all), invalid_option (scale or softcap
@@ -52,6 +80,17 @@ template <Cache C>
 [[nodiscard]] Status attend(const Queries& queries, const C& cache, const AttentionSpec& spec,
                             const AttentionOutput& output, const Executor& executor = {}) noexcept {
   return detail::attend_view(queries, view_of(cache), spec, output, executor);
+}
+
+/// The same bits, with the parts of cut segments in the workspace, which is given back: finer cuts
+/// than the stack has room for, which pays with many workers or very uneven segments. At most
+/// 32 * (4 * value width + 16) bytes a query row of a group and 64 a segment; nothing is taken
+/// where nothing is cut. Errors also: workspace_too_small or out_of_memory.
+template <Cache C>
+[[nodiscard]] Status attend(const Queries& queries, const C& cache, const AttentionSpec& spec,
+                            const AttentionOutput& output, Workspace& workspace,
+                            const Executor& executor = {}) noexcept {
+  return detail::attend_view(queries, view_of(cache), spec, output, executor, &workspace);
 }
 
 /// The same with the default AttentionSpec: scale 1 / sqrt(key width), nothing else.

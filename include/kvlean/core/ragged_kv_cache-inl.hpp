@@ -3,10 +3,28 @@
 #pragma once
 
 #include <cstring>
+#include <numeric>
 
 #include "kvlean/core/ragged_kv_cache.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
+namespace detail {
+
+/// Copies the first `count` rows of a head to the rows from `to_token` on of a row-major store.
+inline void copy_to_row_major(const Rows& from, const Rows& to, u32 head, u32 to_token,
+                              u32 count) noexcept {
+  const bool straight = from.load == nullptr && from.order == nullptr &&
+                        from.page_table == nullptr && from.dtype == to.dtype &&
+                        from.dim_stride == 1 && from.token_stride == static_cast<i64>(from.width);
+  if (straight && count != 0) {
+    std::memcpy(row_address(to, head, to_token), row_address(from, head, 0),
+                std::size_t{count} * from.width * size_bytes(from.dtype));
+    return;
+  }
+  for (u32 i = 0; i < count; ++i) copy_row(from, head, i, to, head, to_token + i);
+}
+
+}  // namespace detail
 
 inline bool RaggedKVCache::place(const RaggedShape& shape, std::byte* base, Parts& parts,
                                  std::size_t& bytes) noexcept {
@@ -159,12 +177,13 @@ inline Status RaggedKVCache::append_rows(u32 first_head, u32 heads, const Rows& 
   }
   for (u32 h = 0; h < heads; ++h) {
     const u32 end = to.lengths[h];
-    for (u32 i = 0; i < count; ++i) {
-      copy_row(keys, h, i, to.keys, h, end + i);
-      copy_row(values, h, i, to.values, h, end + i);
-      if (to.positions) to.positions(h, end + i) = first_position + static_cast<i32>(i);
-      if (to.log_mass) to.log_mass(h, end + i) = 0.0f;
+    detail::copy_to_row_major(keys, to.keys, h, end, count);
+    detail::copy_to_row_major(values, to.values, h, end, count);
+    if (to.positions) {
+      i32* positions = to.positions.segment(h) + end;
+      std::iota(positions, positions + count, first_position);
     }
+    if (to.log_mass) std::fill_n(to.log_mass.segment(h) + end, count, 0.0f);
     for (u32 i = 0; i < parts_.shape.state_arrays; ++i) {
       std::fill_n(state(i, first_head).segment(h) + end, count, 0.0f);
     }

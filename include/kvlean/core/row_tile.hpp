@@ -30,9 +30,40 @@ inline simd::RowPointers point_at_rows(const Rows& rows, u32 head, u32 token, u3
   return {pointers, count};
 }
 
+/// Loads `count` rows whose tokens are neighbours in memory, as in a transposed value cache: a few
+/// elements of many rows at a time, so that memory is read in order.
+inline void load_transposed(const Rows& rows, u32 head, u32 token, u32 count, float* out,
+                            u32 stride) noexcept {
+  constexpr u32 dims = 16;
+  constexpr u32 tokens = 64;
+  float block[dims][tokens];
+  const i64 step = rows.dim_stride * static_cast<i64>(size_bytes(rows.dtype));
+  for (u32 done = 0; done < count;) {
+    const u32 run = std::min(tokens, straight_tokens(rows, token + done, count - done));
+    const std::byte* address = row_address(rows, head, token + done);
+    for (u32 first = 0; first < rows.width; first += dims) {
+      const u32 here = std::min(dims, rows.width - first);
+      for (u32 d = 0; d < here; ++d, address += step) {
+        __builtin_prefetch(address + dims * step);  // too far apart for the CPU to foresee
+        simd::row_kernels().load(address, rows.dtype, block[d], run);
+      }
+      for (u32 t = 0; t < run; ++t) {
+        float* to = out + static_cast<std::size_t>(done + t) * stride + first;
+        for (u32 d = 0; d < here; ++d) to[d] = block[d][t];
+      }
+    }
+    done += run;
+  }
+}
+
 /// Loads `count` rows of a head as float, `stride` floats apart. O(count * width).
 inline void load_rows(const Rows& rows, u32 head, u32 token, u32 count, float* out,
                       u32 stride) noexcept {
+  if (rows.load == nullptr && rows.order == nullptr && rows.token_stride == 1 &&
+      rows.dim_stride != 1 && count >= 8) {
+    load_transposed(rows, head, token, count, out, stride);
+    return;
+  }
   for (u32 i = 0; i < count; ++i) {
     load_row(rows, head, token + i, out + static_cast<std::size_t>(i) * stride);
   }

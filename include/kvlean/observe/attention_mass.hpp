@@ -4,44 +4,13 @@
 
 #include <algorithm>
 
-#include "kvlean/observe/attention_rows.hpp"
+#include "kvlean/observe/mass_parts.hpp"
 
 // Attention mass: what every token received from every query, without the N x N matrix.
 
 KVLEAN_NAMESPACE_BEGIN
 
 namespace detail {
-
-/// total[t] += what rows [first, last) of the tile paid to token t, summed over the rows first:
-/// long prefills are then added in two levels, which keeps float sums accurate.
-inline void add_tile_rows(const AttentionTile& tile, u32 first, u32 last, float* total) noexcept {
-  const u32 begin = tile.seen.begin;
-  tile.kernels->add_rows({tile.row(first) + begin, tile.stride}, last - first,
-                         tile.seen.end - begin, total + begin);
-}
-
-/// Adds the tile's rows of each query head to target(head) [token].
-template <class Target>
-void add_tile_heads(const AttentionTile& tile, Target&& target) noexcept {
-  for (u32 first = 0; first < tile.rows;) {
-    const u32 head = tile.query_head[first];
-    u32 last = first + 1;
-    while (last < tile.rows && tile.query_head[last] == head) ++last;
-    add_tile_rows(tile, first, last, target(head));
-    first = last;
-  }
-}
-
-/// Adds what the queries [first_query, last_query) of query head h paid to target(h) [token], for
-/// every head of the segment's group, heads ascending.
-template <class Target>
-void accumulate_segment(const CacheView& cache, u32 segment, const Queries& queries,
-                        const AttentionSpec& spec, u32 first_query, u32 last_query,
-                        const AttentionScratch& scratch, Target&& target) noexcept {
-  for_each_attention_tile(
-      cache, segment, queries, spec, first_query, last_query, scratch,
-      [&target](const AttentionTile& tile) noexcept { add_tile_heads(tile, target); });
-}
 
 /// The larger of two scores; NaN if either is.
 [[nodiscard]] inline float max_or_nan(float a, float b) noexcept { return b > a || b != b ? b : a; }
@@ -124,18 +93,14 @@ void reduce_heads(Heads&& heads, u32 group, GroupReduction reduction, u32 length
   const u32 heads = queries.rows.heads / cache.segments;
   const u32 totals = group == GroupReduction::max ? heads : 1;
   const u64 stride = cache.max_length();
+  const detail::MassCut cut(cache, queries, spec, totals);
   const WorkspaceScope scope(workspace);
   AttentionScratchPool pool;
-  KVLEAN_RETURN_IF_ERROR(pool.take(cache, executor, totals * stride, workspace));
-  parallel_for(executor, cache.segments, [&](u32 worker, u32 segment) noexcept {
-    float* task = pool.of_task(worker, segment);
-    float* total = pool.extra(task);
-    std::fill_n(total, totals * stride, 0.0f);
-    detail::accumulate_segment(cache, segment, queries, spec, 0, queries.count, pool.scratch(task),
-                               [&](u32 head) noexcept {
-                                 return totals == 1 ? total
-                                                    : total + (head - segment * heads) * stride;
-                               });
+  const bool split = cut.parts != 1;
+  KVLEAN_RETURN_IF_ERROR(
+      pool.take(cache, executor, split ? 0 : totals * stride, workspace, cut.parts));
+  // The sums of a segment are added up before they join `mass`, whatever the parts.
+  const auto finish = [&](u32 segment, float* total) noexcept {
     const u32 length = cache.length(segment);
     if (totals != 1) {
       detail::reduce_heads([&](u32 h) noexcept { return total + h * stride; }, heads, group, length,
@@ -144,7 +109,51 @@ void reduce_heads(Heads&& heads, u32 group, GroupReduction reduction, u32 length
     const float factor = group == GroupReduction::mean ? 1.0f / static_cast<float>(heads) : 1.0f;
     float* out = mass.segment(segment);
     for (u32 t = 0; t < length; ++t) out[t] += total[t] * factor;
-  });
+  };
+  const auto of_head = [&](float* total, u32 segment, u32 head) noexcept {
+    return totals == 1 ? total : total + (head - segment * heads) * stride;
+  };
+  if (!split) {
+    parallel_for(executor, cache.segments, [&](u32 worker, u32 segment) noexcept {
+      float* task = pool.of_task(worker, segment);
+      float* total = pool.extra(task);
+      std::fill_n(total, totals * stride, 0.0f);
+      detail::accumulate_segment(cache, segment, queries, spec, 0, queries.count,
+                                 pool.scratch(task),
+                                 [&](u32 head) noexcept { return of_head(total, segment, head); });
+      finish(segment, total);
+    });
+    return StatusCode::ok;
+  }
+
+  const u64 array = totals * stride;
+  const u32 tasks = cache.segments * cut.parts;
+  float* arrays = workspace.take_zeroed<float>(cache.segments * cut.arrays() * array);
+  detail::RowGroup* states = workspace.take<detail::RowGroup>(cut.by_keys ? tasks : 0);
+  if (arrays == nullptr || states == nullptr) return workspace.exhausted();
+  if (cut.by_keys) {
+    detail::accumulate_by_keys(cache, queries, spec, cut, pool, executor, states,
+                               [&](u32 segment, u32 head) noexcept {
+                                 return of_head(arrays + segment * array, segment, head);
+                               });
+  } else {
+    parallel_for(executor, tasks, [&](u32 worker, u32 task) noexcept {
+      const u32 segment = task / cut.parts;
+      const AttentionScratch scratch = pool.scratch(pool.of_task(worker, task));
+      for (u32 g = task % cut.parts; g < cut.groups.groups; g += cut.parts) {
+        detail::accumulate_group(
+            cache, segment, queries, spec, 0, queries.count, cut.groups, g, scratch,
+            [&](u32 head) noexcept { return of_head(arrays + task * array, segment, head); });
+      }
+    });
+  }
+  for (u32 s = 0; s < cache.segments; ++s) {
+    float* total = arrays + static_cast<u64>(s) * cut.arrays() * array;
+    for (u32 p = 1; p < cut.arrays(); ++p) {
+      for (u64 i = 0; i < array; ++i) total[i] += total[p * array + i];
+    }
+    finish(s, total);
+  }
   return StatusCode::ok;
 }
 

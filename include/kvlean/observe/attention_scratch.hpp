@@ -7,6 +7,7 @@
 #include "kvlean/core/executor.hpp"
 #include "kvlean/core/kv_cache.hpp"
 #include "kvlean/core/workspace.hpp"
+#include "kvlean/simd/matrix_kernels.hpp"
 #include "kvlean/simd/row_math.hpp"
 
 // The memory that attention tiles are computed in.
@@ -29,6 +30,14 @@ inline constexpr u32 attention_key_tile = 64;
   return (static_cast<std::size_t>(length) + attention_key_tile - 1) / attention_key_tile;
 }
 
+/// Floats that a group of query rows and a run of keys take as bf16 tiles: the rows twice, for the
+/// second half of numbers that bf16 does not hold, 32 of them as floats, and one cache line.
+[[nodiscard]] constexpr std::size_t attention_tile_floats(u32 width) noexcept {
+  if (!KVLEAN_SIMD_AMX || width > simd::tile_width_limit) return 0;
+  const std::size_t padded = (static_cast<std::size_t>(width) + 31) / 32 * 32;
+  return (simd::tile_rows_limit + simd::tile_keys_limit / 2 + 32) * padded + 16;
+}
+
 /// Floats of scratch that tiles over segments of up to `length` tokens and rows of `width` need.
 /// Proportional to length + width, never to length squared.
 [[nodiscard]] constexpr std::size_t attention_scratch_floats(u32 length, u32 width) noexcept {
@@ -36,7 +45,7 @@ inline constexpr u32 attention_key_tile = 64;
   const std::size_t stride = attention_row_stride(length);
   const std::size_t padded = (static_cast<std::size_t>(width) + lanes - 1) / lanes * lanes;
   return attention_query_tile * (stride + attention_key_tiles(length)) +
-         (attention_query_tile + attention_key_tile) * padded;
+         (attention_query_tile + attention_key_tile) * padded + attention_tile_floats(width);
 }
 
 /// Caller-owned scratch of one running task: attention_scratch_floats(length, width) floats.
@@ -45,6 +54,7 @@ struct AttentionScratch {
   float* queries = nullptr;        ///< [attention_query_tile][padded_width]
   float* keys = nullptr;           ///< [attention_key_tile][padded_width]
   float* shifts = nullptr;         ///< [attention_query_tile][key_tiles]
+  float* tiles = nullptr;          ///< [attention_tile_floats(width)]
   u64 stride = 0;
   u64 key_tiles = 0;
   u32 padded_width = 0;
@@ -59,6 +69,7 @@ struct AttentionScratch {
     keys = queries + static_cast<u64>(attention_query_tile) * padded_width;
     key_tiles = attention_key_tiles(length);
     shifts = keys + static_cast<u64>(attention_key_tile) * padded_width;
+    tiles = shifts + attention_query_tile * key_tiles;
   }
 };
 
@@ -73,10 +84,11 @@ struct AttentionScratchPool {
   u32 length = 0;
   u32 width = 0;
 
-  /// Takes min(workers, segments) pieces with `extra` more floats each. Fails when out of memory.
+  /// Takes min(workers, tasks) pieces with `extra` more floats each, for `parts` tasks a segment.
+  /// Fails when out of memory.
   [[nodiscard]] Status take(const CacheView& cache, const Executor& executor, std::size_t extra,
-                            Workspace& workspace) noexcept {
-    tasks = cache.segments;
+                            Workspace& workspace, u32 parts = 1) noexcept {
+    tasks = cache.segments * parts;
     length = cache.max_length();
     width = cache.keys.width;
     pieces = std::min(executor.run == nullptr ? 1u : std::max(1u, executor.workers), tasks);

@@ -18,8 +18,12 @@ struct AttentionSpec {
   u32 sliding_window = 0;              ///< a query sees positions > its own - window; 0: all
   const float* sink_logits = nullptr;  ///< [num_query_heads] one more logit in the denominator
   /// Instructions to compute with; a target that this CPU lacks means scalar. Results of different
-  /// targets differ by rounding.
+  /// targets differ by rounding. `best` and `amx` sum the attention to bf16 keys with AMX tiles
+  /// where the CPU and the operating system allow it; name another target to forbid that.
   simd::Target target = simd::Target::best;
+  /// Whether tiles may also serve f16 and f32 keys and queries, rounded to bf16: faster, and
+  /// probabilities are then off by about 2^-9 times the logit, relative.
+  bool round_to_bf16 = false;
 
   [[nodiscard]] float scale_for(u32 key_width) const noexcept {
     return scale != 0.0f ? scale : 1.0f / std::sqrt(static_cast<float>(key_width));

@@ -65,6 +65,17 @@ class AnyPolicy : public PolicyInterface<AnyPolicy> {
           },
           *static_cast<const AnyReducer*>(self));
     };
+    stages.reduce_in_place = [](const void* self, CacheView& cache, const Scores& scores,
+                                const u32* limit, Context& context, bool& done) noexcept {
+      return std::visit(
+          [&](const auto& stage) noexcept -> Status {
+            if constexpr (FusedReducer<std::remove_cvref_t<decltype(stage)>>) {
+              return stage.reduce_in_place(cache, scores, limit, context, done);
+            }
+            return StatusCode::ok;
+          },
+          *static_cast<const AnyReducer*>(self));
+    };
     std::visit([&](const auto& stage) noexcept { read_reducer_traits(stage, stages); }, reducer);
     return stages;
   }

@@ -7,6 +7,7 @@
 
 #include "kvlean/allocate/shares.hpp"
 #include "kvlean/core/concepts.hpp"
+#include "kvlean/reduce/fused_reducer.hpp"
 #include "kvlean/score/observed_mass.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
@@ -27,6 +28,9 @@ struct PolicyStages {
                           const Context& context) noexcept = nullptr;
   Status (*reduce)(const void* self, const CacheView& cache, const Scores& scores, const u32* limit,
                    Context& context, CompressionPlan& plan) noexcept = nullptr;
+  /// A FusedReducer's reduce_in_place; null: the reducer has none.
+  Status (*reduce_in_place)(const void* self, CacheView& cache, const Scores& scores,
+                            const u32* limit, Context& context, bool& done) noexcept = nullptr;
   bool wants_mass = false;                ///< the reducer reads attention mass: accumulated, if the
                                           ///< scorer has none
   bool prefers_accumulated_mass = false;  ///< accumulated even if the scorer has mass of its own
@@ -84,6 +88,12 @@ template <Scorer S, Allocator A, Reducer R>
                      const u32* limit, Context& context, CompressionPlan& plan) noexcept {
     return static_cast<const R*>(self)->reduce(cache, scores, limit, context, plan);
   };
+  if constexpr (FusedReducer<R>) {
+    stages.reduce_in_place = [](const void* self, CacheView& cache, const Scores& scores,
+                                const u32* limit, Context& context, bool& done) noexcept {
+      return static_cast<const R*>(self)->reduce_in_place(cache, scores, limit, context, done);
+    };
+  }
   read_reducer_traits(reducer, stages);
   return stages;
 }
@@ -197,12 +207,13 @@ inline Status identity_plan(const CacheView& cache, const Sharing& sharing, Work
 
 namespace detail {
 
-[[nodiscard]] inline Status plan_layers_from(const PolicyStages& stages,
-                                             std::span<const CacheView> layers,
-                                             std::span<const Observation> seen,
-                                             const Budget& budget, Workspace& workspace,
-                                             std::span<CompressionPlan> plans,
-                                             const PlanOptions& options) noexcept {
+// Calls reduce(l, scores, limits, context) for each layer once it is scored and its limits are
+// known, unless every token stays.
+template <class Reduce>
+[[nodiscard]] Status plan_layers_from(const PolicyStages& stages, std::span<const CacheView> layers,
+                                      std::span<const Observation> seen, const Budget& budget,
+                                      Workspace& workspace, std::span<CompressionPlan> plans,
+                                      const PlanOptions& options, Reduce&& reduce) noexcept {
   if (layers.size() != seen.size() || layers.size() != plans.size()) {
     return StatusCode::shape_mismatch;
   }
@@ -244,8 +255,7 @@ namespace detail {
       KVLEAN_RETURN_IF_ERROR(equalise_limits(layers[l], work[l]));
     }
     context.layer = options.layer + l;
-    KVLEAN_RETURN_IF_ERROR(
-        stages.reduce(stages.reducer, layers[l], work[l].scores, work[l].limit, context, plans[l]));
+    KVLEAN_RETURN_IF_ERROR(reduce(l, work[l].scores, work[l].limit, context));
   }
   return StatusCode::ok;
 }
@@ -264,8 +274,36 @@ namespace detail {
                                         Workspace& workspace, std::span<CompressionPlan> plans,
                                         const PlanOptions& options) noexcept {
   const Workspace::Mark mark = workspace.mark();
-  const Status status =
-      detail::plan_layers_from(stages, layers, seen, budget, workspace, plans, options);
+  const Status status = detail::plan_layers_from(
+      stages, layers, seen, budget, workspace, plans, options,
+      [&](u32 l, const Scores& scores, const u32* limit, Context& context) noexcept {
+        return stages.reduce(stages.reducer, layers[l], scores, limit, context, plans[l]);
+      });
+  if (!status) workspace.rewind(mark);
+  return status;
+}
+
+/// Plans one layer for in-place work, or compresses it at once where the reducer is a FusedReducer
+/// that can: then `done` is true, `cache` is compressed and there is no plan. Errors: those of
+/// plan_layers, and those that apply() would give; the cache is then as it was.
+[[nodiscard]] inline Status plan_or_compress(const PolicyStages& stages, CacheView& cache,
+                                             const Observation& seen, const Budget& budget,
+                                             Workspace& workspace, CompressionPlan& plan,
+                                             const PlanOptions& options, bool& done) noexcept {
+  done = false;
+  const Workspace::Mark mark = workspace.mark();
+  const Status status = detail::plan_layers_from(
+      stages, std::span<const CacheView>(&cache, 1), std::span<const Observation>(&seen, 1), budget,
+      workspace, std::span<CompressionPlan>(&plan, 1), options,
+      [&](u32, const Scores& scores, const u32* limit, Context& context) noexcept -> Status {
+        if (stages.reduce_in_place != nullptr) {
+          const WorkspaceScope scope(workspace);
+          KVLEAN_RETURN_IF_ERROR(
+              stages.reduce_in_place(stages.reducer, cache, scores, limit, context, done));
+        }
+        if (done) return StatusCode::ok;
+        return stages.reduce(stages.reducer, cache, scores, limit, context, plan);
+      });
   if (!status) workspace.rewind(mark);
   return status;
 }

@@ -6,6 +6,18 @@
 #include "kvlean/policy/pipeline.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
+namespace detail {
+
+/// Gives a cache the lengths that in-place work left in its view. An array of lengths is the
+/// cache's own and up to date already.
+inline void adopt_compressed(CacheView& cache, const CacheView& view) noexcept { cache = view; }
+inline void adopt_compressed(RaggedKVCache&, const CacheView&) noexcept {}
+template <Tensor K, Tensor V>
+void adopt_compressed(KVCache<K, V>& cache, const CacheView& view) noexcept {
+  adopt_length(cache, view);
+}
+
+}  // namespace detail
 
 /// What every policy can do, given `PolicyStages stages() const noexcept` in the derived class.
 /// All calls are const: a policy is a value, state lives in the caches and arrays it is given.
@@ -51,15 +63,27 @@ class PolicyInterface {
     return StatusCode::ok;
   }
 
-  /// Plan and apply in one call, in place. The workspace is left as it was found.
+  /// Plan and apply in one call, in place. The workspace is left as it was found. Where the reducer
+  /// is a FusedReducer that can, both happen in one pass, with the same bits.
   template <class C>
   [[nodiscard]] Status compress(C& cache, const Observation& seen, const Budget& budget,
                                 Workspace& workspace,
                                 const PlanOptions& options = {}) const noexcept {
     WorkspaceScope scope(workspace);
     CompressionPlan made;
-    KVLEAN_RETURN_IF_ERROR(plan(cache, seen, budget, workspace, made, options));
-    return apply(made, cache, in_place);
+    if constexpr (requires(CacheView & view) { detail::adopt_compressed(cache, view); }) {
+      CacheView view = view_of(cache);
+      bool done = false;
+      KVLEAN_RETURN_IF_ERROR(
+          plan_or_compress(self().stages(), view, seen, budget, workspace, made, options, done));
+      if (done) {
+        detail::adopt_compressed(cache, view);
+        return StatusCode::ok;
+      }
+    } else {
+      KVLEAN_RETURN_IF_ERROR(plan(cache, seen, budget, workspace, made, options));
+    }
+    return apply(made, cache, in_place, options.executor);
   }
 
   /// Plan and apply in one call, into a ragged cache.
@@ -70,7 +94,7 @@ class PolicyInterface {
     WorkspaceScope scope(workspace);
     CompressionPlan made;
     KVLEAN_RETURN_IF_ERROR(plan(cache, seen, budget, workspace, made, options));
-    return apply(made, cache, destination);
+    return apply(made, cache, destination, options.executor);
   }
 
  private:

@@ -53,7 +53,15 @@ struct CaMReducer {
     KVLEAN_RETURN_IF_ERROR(begin_terms(evicted, false, context.workspace, plan));
     plan.self_weight = nullptr;  // the receiver's own value keeps weight 1
     plan.needs |= needs_changed_values;
-    for (u32 s = 0; s < cache.segments; ++s) merge_segment(cache, scores, s, context, plan);
+    const WorkspaceScope scope(context.workspace);
+    u32 longest = 0;
+    for (u32 s = 0; s < cache.segments; ++s) longest = std::max(longest, plan.length[s]);
+    float* received = context.workspace.take<float>(longest);
+    u32* receiver = context.workspace.take<u32>(evicted);
+    if (received == nullptr || receiver == nullptr) return context.workspace.exhausted();
+    for (u32 s = 0; s < cache.segments; ++s) {
+      merge_segment(cache, scores, s, context, received, receiver, plan);
+    }
     return StatusCode::ok;
   }
 
@@ -63,22 +71,23 @@ struct CaMReducer {
 
   // Receivers of an evicted token are the slots [begin, begin + receivers) after it, and `begin`
   // never falls along the segment, so the terms of a slot are one range of the evicted tokens.
+  // `received`: a number a slot; `receiver`: the first receiver of each term of the plan.
   void merge_segment(const CacheView& cache, const Scores& scores, u32 s, const Context& context,
-                     CompressionPlan& plan) const noexcept {
+                     float* received, u32* receiver, CompressionPlan& plan) const noexcept {
     const u32 slots = plan.length[s];
     const u32* anchor = plan.anchor + plan.first[s];
     const float* mass = scores.mass.segment(s);
-    const u64 first_term = plan.num_terms;
-    u64 oldest = first_term;  // first term whose receivers may still include the slot
+    for (u32 slot = 0; slot < slots; ++slot) received[slot] = mass[anchor[slot]];
+    ReceiverMeans means(received, slots, receivers);
+    const u32 frozen = std::min(cache.frozen, slots);
+    u64 oldest = plan.num_terms;  // first term whose receivers may still include the slot
     u32 token = 0;
     for (u32 slot = 0; slot < slots; ++slot) {
+      const u32 begin = std::max(slot, frozen);
+      const u32 count = std::min(receivers, slots - begin);
+      const float mean = token < anchor[slot] ? means.of(begin) : 0.0f;
       for (; token < anchor[slot]; ++token) {
-        const u32 begin = std::max(slot, std::min(cache.frozen, slots));
-        const u32 count = std::min(receivers, slots - begin);
-        double sum = 0.0;
-        for (u32 r = begin; r < begin + count; ++r) sum += mass[anchor[r]];
-        const float probability =
-            cam_merge_probability(mass[token], static_cast<float>(sum / std::max<u32>(count, 1)));
+        const float probability = cam_merge_probability(mass[token], mean);
         float share = probability;
         if (mode == CaMMode::sampled) {
           const float uniform =
@@ -87,27 +96,56 @@ struct CaMReducer {
           share = uniform < probability ? 1.0f : 0.0f;
         }
         if (count == 0 || share == 0.0f) continue;
+        receiver[plan.num_terms] = begin;
         plan.term_token[plan.num_terms] = token;
         plan.term_weight[plan.num_terms] = share / static_cast<float>(count);
         ++plan.num_terms;
       }
       token = anchor[slot] + 1;
-      while (oldest < plan.num_terms &&
-             u64{first_receiver(cache, s, plan, oldest)} + receivers <= slot) {
-        ++oldest;
-      }
+      while (oldest < plan.num_terms && u64{receiver[oldest]} + receivers <= slot) ++oldest;
       const u64 index = plan.first[s] + slot;
       plan.term_begin[index] = slot < cache.frozen ? plan.num_terms : oldest;
       plan.term_end[index] = plan.num_terms;
     }
   }
-  static u32 first_receiver(const CacheView& cache, u32 s, const CompressionPlan& plan,
-                            u64 term) noexcept {
-    const u32* anchor = plan.anchor + plan.first[s];
-    const u32 after = static_cast<u32>(
-        std::lower_bound(anchor, anchor + plan.length[s], plan.term_token[term]) - anchor);
-    return std::max(after, cache.frozen);
-  }
+
+  /// Mean mass of the receivers from a slot on, some slots at a time: the sums don't wait for each
+  /// other, and have the bits of one after the other.
+  class ReceiverMeans {
+   public:
+    ReceiverMeans(const float* received, u32 slots, u32 receivers) noexcept
+        : received_(received), slots_(slots), receivers_(receivers) {}
+    [[nodiscard]] float of(u32 begin) noexcept {
+      const u32 count = std::min(receivers_, slots_ - begin);
+      if (begin - first_ < valid_) return mean(sum_[begin - first_], count);
+      first_ = begin;
+      if (u64{begin} + at_once + receivers_ <= slots_) {
+        valid_ = at_once;
+        std::fill_n(sum_, at_once, 0.0);
+        for (u32 r = 0; r < receivers_; ++r) {
+          const float* x = received_ + begin + r;
+          for (u32 i = 0; i < at_once; ++i) sum_[i] += static_cast<double>(x[i]);
+        }
+      } else {
+        valid_ = 1;
+        sum_[0] = 0.0;
+        for (u32 r = 0; r < count; ++r) sum_[0] += static_cast<double>(received_[begin + r]);
+      }
+      return mean(sum_[0], count);
+    }
+
+   private:
+    static constexpr u32 at_once = 8;
+    [[nodiscard]] static float mean(double sum, u32 count) noexcept {
+      return static_cast<float>(sum / std::max<u32>(count, 1));
+    }
+    const float* received_;
+    u32 slots_;
+    u32 receivers_;
+    u32 first_ = 0;
+    u32 valid_ = 0;  // sums of slots from first_ on
+    double sum_[at_once];
+  };
 };
 static_assert(Reducer<CaMReducer>);
 

@@ -4,9 +4,9 @@
 
 #include <cmath>
 
-#include "kvlean/reduce/merge_weights.hpp"
-#include "kvlean/reduce/merging_sets.hpp"
-#include "kvlean/reduce/plan_slots.hpp"
+#include "kvlean/reduce/fused_reducer.hpp"
+#include "kvlean/reduce/kvmerger_in_place.hpp"
+#include "kvlean/reduce/kvmerger_sets.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -22,7 +22,7 @@ KVLEAN_NAMESPACE_BEGIN
 /// limit unless enforce_limit is off. Sharing: with same_tokens the cosine is averaged over the
 /// heads and one set of runs serves all; with whole_pages whole pages are selected first and the
 /// dropped tokens of a run (cosine above epsilon) merge into its best kept member. O(tokens * d)
-/// time; scratch 13 bytes a token.
+/// time; scratch 6 bytes a token, and up to 24 a worker and token of the longest segment.
 struct KVMergerReducer {
   KVMergerForm form = KVMergerForm::slots;
   float epsilon = 0.75f;  ///< threshold form and page sharing: cosine above which tokens link
@@ -62,97 +62,234 @@ struct KVMergerReducer {
     if (keys == MergedKeys::aligned) {
       KVLEAN_RETURN_IF_ERROR(detail::prepare_alignment(cache, rotation));
     }
-    Workspace& workspace = context.workspace;
-    const Ragged<float> score = scores.has_mass ? scores.mass : scores.rank;
-    const bool shared = context.options.sharing.shares_tokens();
-    const bool pages = context.options.sharing.kind == SharingKind::whole_pages;
-
-    // State of each token: 0 free, 1 stays alone (or on its page), 2 evicted; and its link to the
-    // next.
-    u32* slots = workspace.take<u32>(cache.segments);
-    u32* evicted = workspace.take_zeroed<u32>(cache.segments);
-    u64* first = workspace.take<u64>(cache.segments + std::size_t{1});
-    if (slots == nullptr || evicted == nullptr || first == nullptr) return workspace.exhausted();
-    first[0] = 0;
-    for (u32 s = 0; s < cache.segments; ++s) first[s + 1] = first[s] + cache.length(s);
-    u8* state = workspace.take<u8>(first[cache.segments]);
-    u8* linked = workspace.take<u8>(first[cache.segments]);
-    const u32 longest = cache.max_length();
-    float* mean = workspace.take<float>(shared ? longest : 0);
-    if (state == nullptr || linked == nullptr || mean == nullptr) return workspace.exhausted();
-
-    KeptTokens kept;
-    if (pages) KVLEAN_RETURN_IF_ERROR(select_kept(cache, scores, limit, 0.0f, context, kept));
-    if (shared) {
-      KVLEAN_RETURN_IF_ERROR(detail::check_same_tokens(cache));
-      detail::mean_over_heads(cache, score, longest, mean);
+    detail::MergingSets sets;
+    KVLEAN_RETURN_IF_ERROR(sets.take(cache, scores, limit, context));
+    if (form == KVMergerForm::threshold && context.options.sharing.kind == SharingKind::per_head) {
+      KVLEAN_RETURN_IF_ERROR(form_and_weigh(cache, scores, limit, rotation, context, sets));
+    } else {
+      KVLEAN_RETURN_IF_ERROR(form_all(cache, scores, limit, context, sets));
     }
-    {
-      WorkspaceScope scope(workspace);
-      const u32 tasks = shared ? 1 : cache.segments;
-      const u32 workers = std::max<u32>(context.options.executor.workers, 1);
-      float* cosine = workspace.take<float>(static_cast<std::size_t>(workers) * longest);
-      float* other = workspace.take<float>(shared ? longest : 0);
-      u64* order = workspace.take<u64>(static_cast<std::size_t>(workers) * longest);
-      if (cosine == nullptr || other == nullptr || order == nullptr) return workspace.exhausted();
-      parallel_for(context.options.executor, tasks, [&](u32 worker, u32 s) noexcept {
-        const std::size_t at = static_cast<std::size_t>(worker) * longest;
-        const u32 length = cache.length(s);
-        if (shared) {
-          detail::mean_cosines(cache, length, other, cosine + at);
-        } else {
-          detail::adjacent_cosines(cache.keys, s, length, cosine + at);
-        }
-        const float* row = shared ? mean : score.segment(s);
-        if (pages) {
-          slots[s] = kept.count[s];
-          detail::link_free(cosine + at, cache.frozen, context.options.protection, length, epsilon,
-                            state, linked);
-        } else {
-          slots[s] =
-              form_sets(form, soft_protection(length, limit[s]), cosine + at, row, scores.has_mass,
-                        length, limit[s], cache.frozen, context.options.protection,
-                        state + first[s], linked + first[s], order + at, evicted[s]);
-        }
-      });
-      if (context.options.sharing.kind == SharingKind::equal_count) {
-        // Emergent counts differ: heads below the largest give back their weakest links, as far as
-        // the shortest head goes.
-        u32 most = *std::max_element(slots, slots + cache.segments);
-        for (u32 s = 0; s < cache.segments; ++s) most = std::min(most, cache.length(s));
-        parallel_for(context.options.executor, tasks, [&](u32 worker, u32 s) noexcept {
-          if (slots[s] == most) return;
-          const std::size_t at = static_cast<std::size_t>(worker) * longest;
-          detail::adjacent_cosines(cache.keys, s, cache.length(s), cosine + at);
-          slots[s] = form_sets(KVMergerForm::slots, soft_protection(cache.length(s), limit[s]),
-                               cosine + at, score.segment(s), scores.has_mass, cache.length(s),
-                               most, cache.frozen, context.options.protection, state + first[s],
-                               linked + first[s], order + at, evicted[s]);
-        });
+    return write_plan(cache, scores, rotation, sets, context, plan);
+  }
+
+  /// reduce() and apply() in place at once, with the same bits and without a plan: the threshold
+  /// form reads K and V once and writes the survivors, the slot form reads K once more. `done` says
+  /// whether it was done; it isn't, and nothing is changed, where that is not possible: rows whose
+  /// elements are not neighbours (accessors, a transposed V), K and V in one buffer, positions or
+  /// log mass that heads share, whole_pages, and what apply() would refuse. The threshold form
+  /// takes two readings of K without a `lengths` array, and with a sharing other than per_head.
+  [[nodiscard]] Status reduce_in_place(CacheView& cache, const Scores& scores, const u32* limit,
+                                       Context& context, bool& done) const noexcept {
+    done = false;
+    KVLEAN_RETURN_IF_ERROR(check());
+    const SharingKind sharing = context.options.sharing.kind;
+    if (sharing == SharingKind::whole_pages) return StatusCode::ok;
+    if (!detail::merges_in_place(cache, log_mass, true)) return StatusCode::ok;
+    if (keys == MergedKeys::aligned) {
+      RopeRotation rotation;
+      KVLEAN_RETURN_IF_ERROR(detail::prepare_alignment(cache, rotation));
+    }
+    detail::MergingSets sets;
+    KVLEAN_RETURN_IF_ERROR(sets.take(cache, scores, limit, context));
+    const bool at_once = form == KVMergerForm::threshold && sharing == SharingKind::per_head &&
+                         detail::merges_in_place(cache, log_mass, false);
+    if (!at_once) {
+      KVLEAN_RETURN_IF_ERROR(form_all(cache, scores, limit, context, sets));
+      if (cache.lengths == nullptr &&
+          !std::all_of(sets.slots, sets.slots + cache.segments,
+                       [&](u32 slots) { return slots == sets.slots[0]; })) {
+        return StatusCode::needs_ragged_lengths;
       }
     }
-    for (u32 s = 1; shared && s < cache.segments; ++s) {
-      slots[s] = slots[0];
-      evicted[s] = evicted[0];
-      std::copy_n(state, longest, state + first[s]);
-      std::copy_n(linked, longest, linked + first[s]);
+    KVLEAN_RETURN_IF_ERROR(merge_in_place(cache, scores, limit, at_once, context, sets));
+    if (cache.lengths != nullptr) {
+      std::copy_n(sets.slots, cache.segments, cache.lengths);
+    } else {
+      cache.uniform_length = sets.slots[0];
     }
+    done = true;
+    return StatusCode::ok;
+  }
 
-    KVLEAN_RETURN_IF_ERROR(begin_plan(cache, slots, workspace, plan));
-    plan.slots_evicted = evicted;
-    if (pages) plan.page_tokens = context.options.sharing.page_tokens;
+ private:
+  [[nodiscard]] detail::SetWriter::Options weights() const noexcept {
+    return {sigma, fixed_sigma, log_mass};
+  }
+
+  // Protects, lets link(wanted) link what may, evicts down to the limit. Returns the slots left.
+  template <class Link>
+  u32 form_sets(KVMergerForm kind, const Context& context, const float* score, bool is_mass,
+                u32 length, u32 limit, u32 frozen, u8* state, const u8* linked, u64* order,
+                u32& evicted, Link&& link) const noexcept {
+    evicted = 0;
+    if (length == 0) return 0;
+    detail::mark_protected(soft_protection(length, limit), context.options.protection, frozen,
+                           score, length, limit, state, order);
+    const bool limited = kind == KVMergerForm::slots || enforce_limit;
+    const u32 excess = limited ? length - std::min(limit, length) : 0;
+    evicted = detail::evict_unscored(score, length, excess, state);
+    const u32 sets = length - evicted - link(excess - evicted);
+    if (!limited || sets <= limit) return sets;
+    const u32 gone =
+        detail::evict_least_sets(score, is_mass, linked, length, sets - limit, state, order);
+    evicted += gone;
+    return sets - gone;
+  }
+
+  // Sets of all segments from cosines that are known before.
+  Status form_all(const CacheView& cache, const Scores& scores, const u32* limit, Context& context,
+                  detail::MergingSets& sets) const noexcept {
+    Workspace& workspace = context.workspace;
+    WorkspaceScope scope(workspace);
+    const Executor& executor = context.options.executor;
+    const u32 longest = cache.max_length();
+    const u32 tasks = sets.shared ? 1 : cache.segments;
+    const u32 workers = std::max<u32>(executor.workers, 1);
+    float* cosines = workspace.take<float>(static_cast<std::size_t>(workers) * longest);
+    float* other = workspace.take<float>(sets.shared ? longest : 0);
+    u64* orders = workspace.take<u64>(static_cast<std::size_t>(workers) * longest);
+    if (cosines == nullptr || other == nullptr || orders == nullptr) return workspace.exhausted();
+    const auto form_segment = [&](KVMergerForm kind, u32 worker, u32 s, u32 most) noexcept {
+      const u32 length = cache.length(s);
+      float* cosine = cosines + static_cast<std::size_t>(worker) * longest;
+      u64* order = orders + static_cast<std::size_t>(worker) * longest;
+      if (sets.shared) {
+        detail::mean_cosines(cache, length, other, cosine);
+      } else {
+        detail::adjacent_cosines(cache.keys, s, length, cosine);
+      }
+      u8* state = sets.state + sets.first[s];
+      u8* linked = sets.linked + sets.first[s];
+      if (sets.pages) {
+        sets.slots[s] = sets.kept.count[s];
+        detail::link_free(cosine, cache.frozen, context.options.protection, length, epsilon, state,
+                          linked);
+        return;
+      }
+      sets.slots[s] =
+          form_sets(kind, context, sets.score(scores, s), scores.has_mass, length, most,
+                    cache.frozen, state, linked, order, sets.evicted[s], [&](u32 wanted) noexcept {
+                      linked[length - 1] = 0;
+                      return kind == KVMergerForm::slots
+                                 ? detail::link_best(cosine, state, length, wanted, linked, order)
+                                 : detail::link_above(cosine, state, length, epsilon, linked);
+                    });
+    };
+    parallel_for(executor, tasks,
+                 [&](u32 worker, u32 s) noexcept { form_segment(form, worker, s, limit[s]); });
+    if (context.options.sharing.kind == SharingKind::equal_count) {
+      // Emergent counts differ: heads below the largest give back their weakest links, as far as
+      // the shortest head goes.
+      u32 most = *std::max_element(sets.slots, sets.slots + cache.segments);
+      for (u32 s = 0; s < cache.segments; ++s) most = std::min(most, cache.length(s));
+      parallel_for(executor, tasks, [&](u32 worker, u32 s) noexcept {
+        if (sets.slots[s] != most) form_segment(KVMergerForm::slots, worker, s, most);
+      });
+    }
+    if (sets.shared) sets.copy_first_to_all(cache);
+    return StatusCode::ok;
+  }
+
+  // The threshold form: sets and their weights from one reading of the keys.
+  Status form_and_weigh(const CacheView& cache, const Scores& scores, const u32* limit,
+                        const RopeRotation& rotation, Context& context,
+                        detail::MergingSets& sets) const noexcept {
+    Workspace& workspace = context.workspace;
+    sets.weight = workspace.take<float>(sets.first[cache.segments]);
+    WorkspaceScope scope(workspace);
+    const u32 longest = cache.max_length();
+    const u32 workers = std::max<u32>(context.options.executor.workers, 1);
+    u64* orders = workspace.take<u64>(static_cast<std::size_t>(workers) * longest);
+    u32* members = workspace.take<u32>(static_cast<std::size_t>(workers) * longest);
+    if (sets.weight == nullptr || orders == nullptr || members == nullptr) {
+      return workspace.exhausted();
+    }
+    parallel_for(context.options.executor, cache.segments, [&](u32 worker, u32 s) noexcept {
+      const std::size_t at = static_cast<std::size_t>(worker) * longest;
+      const u32 length = cache.length(s);
+      const float* score = sets.score(scores, s);
+      u8* state = sets.state + sets.first[s];
+      u8* linked = sets.linked + sets.first[s];
+      const detail::RowAddresses key_at(cache.keys, s);
+      sets.slots[s] = form_sets(
+          form, context, score, scores.has_mass, length, limit[s], cache.frozen, state, linked,
+          orders + at, sets.evicted[s], [&](u32) noexcept {
+            return detail::scan_sets(
+                cache.keys, s, length, epsilon, state, linked, detail::CosineScan::tile,
+                [&](u32 begin, u32 end) noexcept {
+                  detail::weigh_sets(cache, rotation, s, key_at, score, state, linked, begin, end,
+                                     weights(), members + at, sets.weight + sets.first[s]);
+                });
+          });
+    });
+    return StatusCode::ok;
+  }
+
+  // Merges the sets formed before or, with `at_once`, those of the threshold form as they are
+  // found.
+  Status merge_in_place(CacheView& cache, const Scores& scores, const u32* limit, bool at_once,
+                        Context& context, detail::MergingSets& sets) const noexcept {
+    Workspace& workspace = context.workspace;
+    const u32 longest = cache.max_length();
+    const std::size_t all =
+        static_cast<std::size_t>(std::max<u32>(context.options.executor.workers, 1)) * longest;
+    u64* orders = workspace.take<u64>(at_once ? all : 0);
+    const detail::InPlaceMerger::Scratch scratch{
+        workspace.take<u32>(all), workspace.take<float>(all), workspace.take<float>(all)};
+    if (orders == nullptr || scratch.token == nullptr || scratch.weight == nullptr ||
+        scratch.value_weight == nullptr) {
+      return workspace.exhausted();
+    }
+    CompressionPlan needs;
+    needs.needs = detail::key_needs(keys);
+    const detail::KeyRotation rotation(needs, cache);
+    parallel_for(context.options.executor, cache.segments, [&](u32 worker, u32 s) noexcept {
+      const std::size_t at = static_cast<std::size_t>(worker) * longest;
+      const u32 length = cache.length(s);
+      const float* score = sets.score(scores, s);
+      u8* state = sets.state + sets.first[s];
+      u8* linked = sets.linked + sets.first[s];
+      detail::InPlaceMerger merger(
+          cache, rotation, s, score, weights(), keys, values, at_once,
+          {scratch.token + at, scratch.weight + at, scratch.value_weight + at});
+      const auto write = [&](u32 begin, u32 end) noexcept {
+        merger.write(state, linked, begin, end);
+      };
+      if (at_once) {
+        sets.slots[s] =
+            form_sets(form, context, score, scores.has_mass, length, limit[s], cache.frozen, state,
+                      linked, orders + at, sets.evicted[s], [&](u32) noexcept {
+                        return detail::scan_sets(cache.keys, s, length, epsilon, state, linked,
+                                                 detail::CosineScan::tile / 2, write);
+                      });
+      } else {
+        detail::for_each_group(length, linked, write);
+      }
+      merger.finish();
+      if (merger.slots() == sets.slots[s]) return;
+      // Sets above the limit were found when all were written. Tokens without a score have no slot:
+      // they went before.
+      u32 slot = 0;
+      u32 stay = 0;
+      detail::for_each_set(0, length, linked, [&](u32 begin, u32) noexcept {
+        if (state[begin] == 2 && score[begin] != score[begin]) return;
+        if (state[begin] != 2) merger.move_slot(slot, stay++);
+        ++slot;
+      });
+    });
+    return StatusCode::ok;
+  }
+
+  Status write_plan(const CacheView& cache, const Scores& scores, const RopeRotation& rotation,
+                    const detail::MergingSets& sets, Context& context,
+                    CompressionPlan& plan) const noexcept {
+    Workspace& workspace = context.workspace;
+    KVLEAN_RETURN_IF_ERROR(begin_plan(cache, sets.slots, workspace, plan));
+    plan.slots_evicted = sets.evicted;
+    if (sets.pages) plan.page_tokens = context.options.sharing.page_tokens;
     u64* first_term = workspace.take<u64>(cache.segments + std::size_t{1});
     if (first_term == nullptr) return workspace.exhausted();
-    first_term[0] = 0;
-    for (u32 s = 0; s < cache.segments; ++s) {
-      first_term[s + 1] =
-          first_term[s] + detail::count_terms(cache.length(s), state + first[s], linked + first[s],
-                                              pages ? kept.keep.segment(s) : nullptr);
-    }
-    for (u32 s = 0; pages && s < cache.segments; ++s) {
-      const u64 merged = first_term[s + 1] - first_term[s];
-      evicted[s] = cache.length(s) - slots[s] - static_cast<u32>(merged);
-    }
+    sets.count_terms(cache, first_term);
     plan.num_terms = first_term[cache.segments];
     const bool merges = plan.num_terms != 0;
     if (merges) {
@@ -167,36 +304,12 @@ struct KVMergerReducer {
       plan.needs |= needs_log_mass;
     }
     parallel_for(context.options.executor, cache.segments, [&](u32, u32 s) noexcept {
-      merge_segment(cache, rotation, s, shared ? mean : score.segment(s), state + first[s],
-                    linked + first[s], pages ? kept.keep.segment(s) : nullptr, first_term[s], plan);
+      const detail::SetWriter writer(
+          cache, rotation, s, weights(),
+          sets.weight != nullptr ? sets.weight + sets.first[s] : nullptr);
+      sets.write_segment(writer, sets.score(scores, s), s, cache.length(s), first_term[s], plan);
     });
     return StatusCode::ok;
-  }
-
- private:
-  u32 form_sets(KVMergerForm kind, KVMergerCounts soft, const float* cosine, const float* score,
-                bool is_mass, u32 length, u32 limit, u32 frozen, const Protection& protection,
-                u8* state, u8* linked, u64* order, u32& evicted) const noexcept {
-    evicted = 0;
-    if (length == 0) return 0;
-    detail::mark_protected(soft, protection, frozen, score, length, limit, state, order);
-    const bool limited = kind == KVMergerForm::slots || enforce_limit;
-    const u32 excess = limited ? length - std::min(limit, length) : 0;
-    evicted = detail::evict_unscored(score, length, excess, state);
-    linked[length - 1] = 0;
-    const u32 links =
-        kind == KVMergerForm::slots
-            ? detail::link_best(cosine, state, length, excess - evicted, linked, order)
-            : detail::link_above(cosine, state, length, epsilon, linked);
-    const u32 sets = length - evicted - links;
-    if (limited && sets > limit) {
-      const u32 least = sets - limit;
-      const u32 gone =
-          detail::evict_least_sets(score, is_mass, linked, length, least, state, order);
-      evicted += gone;
-      return sets - gone;
-    }
-    return sets;
   }
 
   KVMergerCounts soft_protection(u32 length, u32 limit) const noexcept {
@@ -210,80 +323,7 @@ struct KVMergerReducer {
     return {count(recent_tokens, recent_fraction, preset.recent),
             count(heavy_tokens, heavy_fraction, preset.heavy)};
   }
-
-  // Walks the runs of linked tokens and writes one slot a run (or, with `keep`, one a kept token).
-  void merge_segment(const CacheView& cache, const RopeRotation& rotation, u32 s,
-                     const float* score, const u8* state, const u8* linked, const u8* keep,
-                     u64 next_term, CompressionPlan& plan) const noexcept {
-    const u32 length = cache.length(s);
-    u64 slot = plan.first[s];
-    for (u32 begin = 0; begin < length;) {
-      u32 end = begin + 1;
-      while (end < length && linked[end - 1] != 0) ++end;
-      if (state[begin] != 2) {
-        u32 pivot = end;
-        for (u32 t = begin; t < end; ++t) {
-          if (keep != nullptr && keep[t] == 0) continue;
-          if (pivot == end || score_key(score[t]) > score_key(score[pivot])) pivot = t;
-        }
-        if (keep == nullptr) {
-          write_slot(cache, rotation, s, pivot, begin, end, nullptr, slot++, next_term, plan);
-        } else {
-          for (u32 t = begin; t < end; ++t) {
-            if (keep[t] == 0) continue;
-            const bool receives = t == pivot;
-            write_slot(cache, rotation, s, t, receives ? begin : t, receives ? end : t + 1, keep,
-                       slot++, next_term, plan);
-          }
-        }
-      }
-      begin = end;
-    }
-  }
-
-  // The members of [begin, end) but the pivot (and, with `keep`, the kept ones) become its terms.
-  void write_slot(const CacheView& cache, const RopeRotation& rotation, u32 s, u32 pivot, u32 begin,
-                  u32 end, const u8* keep, u64 slot, u64& next_term,
-                  CompressionPlan& plan) const noexcept {
-    plan.anchor[slot] = pivot;
-    float self = 1.0f;
-    u32 members = 0;
-    const u32* token = nullptr;
-    const float* weight = nullptr;
-    if (plan.has_terms()) {
-      u32* term = plan.term_token + next_term;
-      for (u32 t = begin; t < end; ++t) {
-        if (t != pivot && (keep == nullptr || keep[t] == 0)) term[members++] = t;
-      }
-      float* term_weight = plan.term_weight + next_term;
-      if (members != 0) {
-        self = detail::gaussian_weights(cache, rotation, s, pivot, term, members, sigma,
-                                        fixed_sigma, term_weight);
-      }
-      token = term;
-      weight = term_weight;
-      plan.self_weight[slot] = self;
-      plan.term_begin[slot] = next_term;
-      plan.term_end[slot] = next_term + members;
-      if (plan.term_value_weight != nullptr) {
-        const float size = static_cast<float>(members + 1);
-        plan.self_value_weight[slot] = self * size;
-        for (u32 i = 0; i < members; ++i) plan.term_value_weight[next_term + i] = weight[i] * size;
-      }
-      next_term += members;
-    }
-    if (plan.log_mass != nullptr) {
-      float largest = cache.finite_mass_bias(s, pivot);
-      for (u32 i = 0; i < members; ++i) {
-        largest = std::max(largest, cache.finite_mass_bias(s, token[i]));
-      }
-      detail::MassSum mass(largest);
-      mass.add(self, cache.finite_mass_bias(s, pivot));
-      for (u32 i = 0; i < members; ++i) mass.add(weight[i], cache.finite_mass_bias(s, token[i]));
-      plan.log_mass[slot] = members != 0 ? mass.value(log_mass) : cache.finite_mass_bias(s, pivot);
-    }
-  }
 };
-static_assert(Reducer<KVMergerReducer>);
+static_assert(FusedReducer<KVMergerReducer>);
 
 KVLEAN_NAMESPACE_END

@@ -7,8 +7,9 @@
 
 #include "kvlean/core/kv_cache.hpp"
 #include "kvlean/core/plan.hpp"
+#include "kvlean/core/row_addresses.hpp"
 #include "kvlean/reduce/kvmerger_options.hpp"
-#include "kvlean/simd/row_math.hpp"
+#include "kvlean/simd/merge_kernels.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 namespace detail {
@@ -67,6 +68,64 @@ class MassSum {
   return rotation.prepare(*cache.rope, cache.keys.width);
 }
 
+/// 2 sigma^2 of a set of `size` members with these sums of distances to the pivot, and of squares.
+[[nodiscard]] inline double kernel_width(Sigma sigma, double sum_distance, double sum_squares,
+                                         double size, double fixed_sigma) noexcept {
+  switch (sigma) {
+    case Sigma::fixed:
+      return 2.0 * fixed_sigma * fixed_sigma;
+    case Sigma::mean_distance: {
+      const double mean = sum_distance / size;
+      return mean * mean;  // sigma = mean / sqrt(2)
+    }
+    case Sigma::rms:
+      break;
+  }
+  return 2.0 * sum_squares / size;
+}
+
+/// The Gaussian kernel at a squared distance. Equal keys have no width: it is 1. Keys with NaN or
+/// infinity have no distance: it is 0, the pivot's key and value stand for the set, so that bad
+/// data does not spread through the weights.
+[[nodiscard]] inline double kernel_value(double sum_squares, double width,
+                                         float squared_distance) noexcept {
+  if (!std::isfinite(sum_squares)) return 0.0;
+  return width > 0.0 ? std::exp(-static_cast<double>(squared_distance) / width) : 1.0;
+}
+
+/// distance[i] = |k_p - k_i|^2 of the pivot's key and member i's; see gaussian_weights.
+inline void squared_key_distances(const CacheView& cache, const RopeRotation& rotation, u32 s,
+                                  u32 pivot, const u32* member, u32 members,
+                                  float* distance) noexcept {
+  const simd::MergeKernels& kernels = simd::merge_kernels();
+  const Rows& keys = cache.keys;
+  const bool turns = rotation.pairs() != 0;
+  if (!turns && is_contiguous_row(keys)) {
+    constexpr u32 at_once = 32;
+    const RowAddresses address(keys, s);
+    const std::byte* pointers[at_once];
+    for (u32 i = 0; i < members; i += at_once) {
+      const simd::RowPointers rows =
+          address.point(member + i, std::min(at_once, members - i), pointers);
+      kernels.squared_distances(address(pivot), rows, keys.dtype, keys.width, distance + i);
+    }
+    return;
+  }
+  float pivot_key[max_row_width];
+  float key[max_row_width];
+  const std::byte* pointer = reinterpret_cast<const std::byte*>(key);
+  load_row(keys, s, pivot, pivot_key);
+  for (u32 i = 0; i < members; ++i) {
+    load_row(keys, s, member[i], key);
+    if (turns) {
+      RopeTurn turn;
+      rotation.turn_by(i64{cache.position(s, pivot)} - i64{cache.position(s, member[i])}, turn);
+      rotation.rotate(turn, key);
+    }
+    kernels.squared_distances(pivot_key, {&pointer, 1}, DType::f32, keys.width, distance + i);
+  }
+}
+
 /// Gaussian kernel weights of a merging set (arXiv 2407.08454, algorithm 2):
 ///   g_i = exp(-|k_p - k_i|^2 / (2 sigma^2)),  w_i = n_i g_i / sum n_j g_j
 /// where n_i is the number of tokens that member i already stands for. The paper's sigma is defined
@@ -76,60 +135,30 @@ class MassSum {
 inline float gaussian_weights(const CacheView& cache, const RopeRotation& rotation, u32 s,
                               u32 pivot, const u32* member, u32 members, Sigma sigma,
                               float fixed_sigma, float* weight) noexcept {
-  float pivot_key[max_row_width];
-  float key[max_row_width];
-  const u32 width = cache.keys.width;
-  load_row(cache.keys, s, pivot, pivot_key);
+  squared_key_distances(cache, rotation, s, pivot, member, members, weight);
   double sum_distance = 0.0;
   double sum_squares = 0.0;
   for (u32 i = 0; i < members; ++i) {
-    load_row(cache.keys, s, member[i], key);
-    if (rotation.pairs() != 0) {
-      RopeTurn turn;
-      rotation.turn_by(i64{cache.position(s, pivot)} - i64{cache.position(s, member[i])}, turn);
-      rotation.rotate(turn, key);
-    }
-    weight[i] = row_math::squared_distance(pivot_key, key, width);
     sum_distance += std::sqrt(static_cast<double>(weight[i]));
     sum_squares += weight[i];
   }
   const double size = static_cast<double>(members) + 1.0;
-  double twice_sigma_squared = 0.0;
-  switch (sigma) {
-    case Sigma::fixed:
-      twice_sigma_squared =
-          2.0 * static_cast<double>(fixed_sigma) * static_cast<double>(fixed_sigma);
-      break;
-    case Sigma::mean_distance: {
-      const double mean = sum_distance / size;
-      twice_sigma_squared = mean * mean;  // sigma = mean / sqrt(2)
-      break;
-    }
-    case Sigma::rms:
-      twice_sigma_squared = 2.0 * sum_squares / size;
-      break;
-  }
+  const double twice_sigma_squared =
+      kernel_width(sigma, sum_distance, sum_squares, size, static_cast<double>(fixed_sigma));
   float largest = cache.finite_mass_bias(s, pivot);
-  for (u32 i = 0; i < members; ++i) {
+  for (u32 i = 0; cache.log_mass && i < members; ++i) {
     largest = std::max(largest, cache.finite_mass_bias(s, member[i]));
   }
   const auto count = [&](u32 token) noexcept {
+    if (!cache.log_mass) return 1.0;
     return std::exp(static_cast<double>(cache.finite_mass_bias(s, token)) -
                     static_cast<double>(largest));
   };
-  // Equal keys have no width: every g is 1. Keys with NaN or infinity have no distance: the pivot's
-  // key and value stand for the set, so that bad data does not spread through the weights.
-  const bool usable = std::isfinite(sum_squares);
   const double pivot_count = count(pivot);
   double total = pivot_count;
   for (u32 i = 0; i < members; ++i) {
-    double kernel = 0.0;
-    if (usable) {
-      kernel = twice_sigma_squared > 0.0
-                   ? std::exp(-static_cast<double>(weight[i]) / twice_sigma_squared)
-                   : 1.0;
-    }
-    const double share = kernel * count(member[i]);
+    const double share =
+        kernel_value(sum_squares, twice_sigma_squared, weight[i]) * count(member[i]);
     weight[i] = static_cast<float>(share);
     total += share;
   }

@@ -8,8 +8,8 @@
 
 #include "kvlean/core/kv_cache.hpp"
 #include "kvlean/core/order.hpp"
+#include "kvlean/reduce/cosine_scan.hpp"
 #include "kvlean/reduce/kvmerger_options.hpp"
-#include "kvlean/simd/row_math.hpp"
 
 // KVMerger's merging sets: chained single linkage on the line of tokens (arXiv 2407.08454,
 // algorithm 1). The paper's loop leaves "i := j" open; this follows all known ports: neighbours are
@@ -22,15 +22,31 @@ namespace detail {
 /// Cosine of each token's key with the next one's, [length - 1]; 0 when a key is zero. O(length *
 /// d).
 inline void adjacent_cosines(const Rows& keys, u32 head, u32 length, float* cosine) noexcept {
-  float rows[2][max_row_width];
-  float norms[2];
-  for (u32 token = 0; token < length; ++token) {
-    float* row = rows[token & 1];
-    load_row(keys, head, token, row);
-    norms[token & 1] = std::sqrt(row_math::squared_norm(row, keys.width));
-    if (token == 0) continue;
-    const float scale = norms[0] * norms[1];
-    cosine[token - 1] = scale != 0.0f ? row_math::dot(rows[0], rows[1], keys.width) / scale : 0.0f;
+  CosineScan scan(keys, head, length);
+  while (!scan.done()) {
+    const CosineScan::Pairs pairs = scan.next();
+    std::copy_n(pairs.cosine, pairs.end - pairs.begin, cosine + pairs.begin);
+  }
+}
+
+/// Moves the `wanted` largest of `count` different keys to the front. O(count) on average; one
+/// counting of the upper bits leaves little to search.
+inline void best_keys_first(u64* keys, u32 count, u32 wanted) noexcept {
+  if (wanted == 0 || wanted >= count) return;
+  constexpr u32 shift = 52;  // sign, exponent and three bits of the fraction
+  constexpr u32 worth_counting = 2048;
+  u64* from = keys;
+  u64* end = keys + count;
+  if (count >= worth_counting) {
+    u32 of_value[u32{1} << (64 - shift)] = {};
+    for (u32 i = 0; i < count; ++i) ++of_value[keys[i] >> shift];
+    u64 cut = (u64{1} << (64 - shift)) - 1;
+    for (u32 above = 0; above + of_value[cut] < wanted; --cut) above += of_value[cut];
+    from = std::partition(from, end, [&](u64 key) { return key >> shift > cut; });
+    end = std::partition(from, end, [&](u64 key) { return key >> shift == cut; });
+  }
+  if (keys + wanted < end) {
+    std::nth_element(from, keys + (wanted - 1), end, [](u64 a, u64 b) { return a > b; });
   }
 }
 
@@ -54,10 +70,7 @@ inline u32 mark_protected(KVMergerCounts soft, const Protection& protection, u32
     if (marked[token] == 0) scratch[candidates++] = token_key(score[token], token);
   }
   const u32 heavy = std::min({soft.heavy, candidates, limit > total ? limit - total : 0});
-  if (heavy != 0 && heavy < candidates) {
-    std::nth_element(scratch, scratch + (heavy - 1), scratch + candidates,
-                     [](u64 a, u64 b) { return a > b; });
-  }
+  best_keys_first(scratch, candidates, heavy);
   for (u32 i = 0; i < heavy; ++i) marked[token_of_key(scratch[i])] = 1;
   return total + heavy;
 }
@@ -89,10 +102,7 @@ inline u32 link_best(const float* cosine, const u8* marked, u32 length, u32 want
     }
   }
   wanted = std::min(wanted, candidates);
-  if (wanted != 0 && wanted < candidates) {
-    std::nth_element(scratch, scratch + (wanted - 1), scratch + candidates,
-                     [](u64 a, u64 b) { return a > b; });
-  }
+  best_keys_first(scratch, candidates, wanted);
   for (u32 i = 0; i < wanted; ++i) linked[token_of_key(scratch[i])] = 1;
   return wanted;
 }

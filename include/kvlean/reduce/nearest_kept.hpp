@@ -5,8 +5,8 @@
 #include <algorithm>
 #include <cmath>
 
+#include "kvlean/reduce/nearest_search.hpp"
 #include "kvlean/reduce/plan_slots.hpp"
-#include "kvlean/simd/row_math.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -16,22 +16,10 @@ struct NearestKept {
   Ragged<float> cosine;  ///< [segment][token] similarity; -2 when no slot may receive
 };
 
-namespace detail {
-
-// Unit-length copy of a key as float; a zero or unusable key becomes the zero row (cosine 0).
-inline void load_unit_key(const Rows& keys, u32 head, u32 token, float* row) noexcept {
-  load_row(keys, head, token, row);
-  const float norm = std::sqrt(row_math::squared_norm(row, keys.width));
-  const float factor = norm > 0.0f && std::isfinite(norm) ? 1.0f / norm : 0.0f;
-  for (u32 i = 0; i < keys.width; ++i) row[i] = factor != 0.0f ? row[i] * factor : 0.0f;
-}
-
-}  // namespace detail
-
 /// Finds the nearest receiver of every dropped token. Receivers are the plan's slots, frozen ones
 /// excluded, and with `spare_protected` the protected ones too (for folds that move keys). Ties go
 /// to the lower slot. O(dropped * kept * d) time; scratch 4 * d bytes a kept slot of the longest
-/// head.
+/// head, and 256 * d bytes.
 [[nodiscard]] inline Status find_nearest_kept(const CacheView& cache, const KeptTokens& kept,
                                               const CompressionPlan& plan, bool spare_protected,
                                               Context& context, NearestKept& nearest) noexcept {
@@ -48,7 +36,11 @@ inline void load_unit_key(const Rows& keys, u32 head, u32 token, float* row) noe
   const std::size_t rows = static_cast<std::size_t>(most) * width;
   float* units = workspace.take<float>(rows * workers);
   u32* receivers = workspace.take<u32>(static_cast<std::size_t>(most) * workers);
-  if (units == nullptr || receivers == nullptr) return workspace.exhausted();
+  const std::size_t search_floats = detail::NearestSearch::scratch_floats(width);
+  float* searches = workspace.take<float>(search_floats * workers);
+  if (units == nullptr || receivers == nullptr || searches == nullptr) {
+    return workspace.exhausted();
+  }
 
   parallel_for(context.options.executor, cache.segments, [&](u32 worker, u32 s) noexcept {
     float* unit = units + worker * rows;
@@ -65,23 +57,26 @@ inline void load_unit_key(const Rows& keys, u32 head, u32 token, float* row) noe
       detail::load_unit_key(cache.keys, s, anchor[slot], unit + std::size_t{count} * width);
       receiver[count++] = slot;
     }
-    float row[max_row_width];
+    const detail::NearestSearch search(width, searches + worker * search_floats);
+    constexpr u32 block = detail::NearestSearch::block_tokens;
     const u8* keep = kept.keep.segment(s);
-    for (u32 token = 0; token < length; ++token) {
-      if (keep[token] != 0) continue;
-      detail::load_unit_key(cache.keys, s, token, row);
-      float best = -2.0f;
-      u32 slot = 0;
-      for (u32 r = 0; r < count; ++r) {
-        const float cosine = row_math::dot(row, unit + std::size_t{r} * width, width);
-        if (cosine > best) {
-          best = cosine;
-          slot = receiver[r];
-        }
+    for (u32 next = 0; next < length;) {
+      u32 token[block];
+      u32 dropped = 0;
+      for (; next < length && dropped < block; ++next) {
+        if (keep[next] != 0) continue;
+        detail::load_unit_key(cache.keys, s, next, search.row(dropped));
+        token[dropped++] = next;
       }
-      nearest.slot(s, token) = slot;
-      // Rounding may leave [-1, 1], and -2 means none.
-      nearest.cosine(s, token) = best > -2.0f ? std::clamp(best, -1.0f, 1.0f) : best;
+      u32 best[block];
+      float cosine[block];
+      search.search(dropped, unit, count, best, cosine);
+      for (u32 i = 0; i < dropped; ++i) {
+        nearest.slot(s, token[i]) = count != 0 ? receiver[best[i]] : 0;
+        // Rounding may leave [-1, 1], and -2 means none.
+        nearest.cosine(s, token[i]) =
+            cosine[i] > -2.0f ? std::clamp(cosine[i], -1.0f, 1.0f) : cosine[i];
+      }
     }
   });
   return StatusCode::ok;

@@ -33,12 +33,8 @@ KVLEAN_NAMESPACE_BEGIN
     plan.page_tokens = context.options.sharing.page_tokens;
   }
   parallel_for(context.options.executor, cache.segments, [&](u32, u32 s) noexcept {
-    u32* anchor = plan.anchor + plan.first[s];
-    const u8* keep = kept.keep.segment(s);
-    const u32 length = cache.length(s);
-    for (u32 token = 0; token < length; ++token) {
-      if (keep[token] != 0) *anchor++ = token;
-    }
+    simd::select_kernels().list(kept.keep.segment(s), cache.length(s), plan.anchor + plan.first[s],
+                                kept.count[s]);
   });
   return StatusCode::ok;
 }

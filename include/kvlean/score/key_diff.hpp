@@ -6,8 +6,9 @@
 #include <cmath>
 #include <limits>
 
+#include "kvlean/core/row_addresses.hpp"
 #include "kvlean/score/preconditions.hpp"
-#include "kvlean/simd/row_math.hpp"
+#include "kvlean/simd/merge_kernels.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -30,35 +31,55 @@ struct KeyDiffScorer {
   }
 
  private:
-  static constexpr u32 block_tokens = 64;
+  static constexpr u32 block_tokens = 64;  // a tile of for_each_row_tile is no longer
 
   /// `rank` first holds the norms.
   static void score_segment(const CacheView& cache, u32 s, float* rank) noexcept {
     const u32 length = cache.length(s);
     const u32 width = cache.keys.width;
-    float row[max_row_width];
-    float block[max_row_width];
+    const simd::MergeKernels& kernels = simd::merge_kernels();
+    float block[max_row_width] = {};
     double sum[max_row_width] = {};
     u32 finite_keys = 0;
-    for (u32 first = 0; first < length; first += block_tokens) {
-      std::fill_n(block, width, 0.0f);
-      for (u32 t = first; t < std::min(length, first + block_tokens); ++t) {
-        load_row(cache.keys, s, t, row);
-        rank[t] = std::sqrt(row_math::squared_norm(row, width));
-        if (!std::isfinite(rank[t])) continue;
-        ++finite_keys;
-        row_math::add_scaled(block, row, 1.0f / std::max(rank[t], 1e-12f), width);
-      }
+    const auto add_block = [&]() noexcept {
       for (u32 i = 0; i < width; ++i) sum[i] += static_cast<double>(block[i]);
-    }
+      std::fill_n(block, width, 0.0f);
+    };
+    detail::for_each_row_tile(cache.keys, s, length,
+                              [&](u32 first, simd::RowPointers rows, DType dtype) noexcept {
+                                if (first != 0 && first % block_tokens == 0) add_block();
+                                const std::byte* finite[block_tokens];
+                                float weight[block_tokens];
+                                u32 n = 0;
+                                kernels.squared_norms(rows, dtype, width, rank + first);
+                                for (u32 i = 0; i < rows.count; ++i) {
+                                  float& norm = rank[first + i];
+                                  norm = std::sqrt(norm);
+                                  if (!std::isfinite(norm)) continue;
+                                  finite[n] = rows.row[i];
+                                  weight[n++] = 1.0f / std::max(norm, 1e-12f);
+                                }
+                                kernels.add_weighed({finite, n}, weight, dtype, width, block);
+                                finite_keys += n;
+                              });
+    add_block();
     const double count = std::max(1.0, static_cast<double>(finite_keys));
     for (u32 i = 0; i < width; ++i) block[i] = static_cast<float>(sum[i] / count);
-    const float mean_norm = std::max(std::sqrt(row_math::squared_norm(block, width)), 1e-8f);
-    for (u32 t = 0; t < length; ++t) {
-      load_row(cache.keys, s, t, row);
-      rank[t] = -row_math::dot(row, block, width) / (std::max(rank[t], 1e-8f) * mean_norm) +
-                (std::isfinite(rank[t]) ? 0.0f : std::numeric_limits<float>::quiet_NaN());
-    }
+    float squared_mean = 0.0f;
+    const std::byte* mean = reinterpret_cast<const std::byte*>(block);
+    kernels.squared_norms({&mean, 1}, DType::f32, width, &squared_mean);
+    const float mean_norm = std::max(std::sqrt(squared_mean), 1e-8f);
+    detail::for_each_row_tile(
+        cache.keys, s, length, [&](u32 first, simd::RowPointers rows, DType dtype) noexcept {
+          float product[block_tokens];
+          kernels.products(block, rows, dtype, width, product);
+          for (u32 i = 0; i < rows.count; ++i) {
+            const float norm = rank[first + i];
+            rank[first + i] =
+                -product[i] / (std::max(norm, 1e-8f) * mean_norm) +
+                (std::isfinite(norm) ? 0.0f : std::numeric_limits<float>::quiet_NaN());
+          }
+        });
   }
 };
 static_assert(Scorer<KeyDiffScorer>);

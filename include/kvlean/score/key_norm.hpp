@@ -4,8 +4,9 @@
 
 #include <cmath>
 
+#include "kvlean/core/row_addresses.hpp"
 #include "kvlean/score/preconditions.hpp"
-#include "kvlean/simd/row_math.hpp"
+#include "kvlean/simd/merge_kernels.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -20,11 +21,12 @@ struct KeyNormScorer {
     parallel_for(context.options.executor, cache.segments, [&](u32, u32 s) noexcept {
       const u32 length = cache.length(s);
       float* rank = scores.rank.segment(s);
-      float row[max_row_width];
-      for (u32 t = 0; t < length; ++t) {
-        load_row(cache.keys, s, t, row);
-        rank[t] = -std::sqrt(row_math::squared_norm(row, cache.keys.width));
-      }
+      const u32 width = cache.keys.width;
+      detail::for_each_row_tile(
+          cache.keys, s, length, [&](u32 first, simd::RowPointers rows, DType dtype) noexcept {
+            simd::merge_kernels().squared_norms(rows, dtype, width, rank + first);
+            for (u32 i = 0; i < rows.count; ++i) rank[first + i] = -std::sqrt(rank[first + i]);
+          });
     });
     scores.has_mass = false;
     scores.has_observers = false;

@@ -5,6 +5,7 @@
 #include <algorithm>
 
 #include "kvlean/score/observed_mass.hpp"
+#include "kvlean/simd/select_kernels.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -31,18 +32,15 @@ struct ObservedAttentionScorer {
       if (!seen.mass) {
         detail::count_observers(cache, s, seen.reference, seen.attention, 0, seen.reference.count,
                                 seen_by);
-      }
-      for (u32 t = 0; t < length; ++t) {
-        u32 observers = 0;
-        if (!seen.mass) {
-          observers = seen_by[t];
-        } else if (seen.mass_observers) {
-          observers = detail::whole_observers(seen.mass_observers(s, t));
-        } else {
-          observers = detail::ready_made_observers(cache, s, t, seen.observers);
+      } else if (seen.mass_observers) {
+        const float* counts = seen.mass_observers.segment(s);
+        std::transform(counts, counts + length, seen_by, detail::whole_observers);
+      } else {
+        for (u32 t = 0; t < length; ++t) {
+          seen_by[t] = detail::ready_made_observers(cache, s, t, seen.observers);
         }
-        rank[t] = observers != 0 ? mass[t] / static_cast<float>(observers) : mass[t];
       }
+      simd::select_kernels().divide_by_counts(mass, seen_by, length, rank);
     }
     return StatusCode::ok;
   }

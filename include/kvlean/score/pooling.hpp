@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "kvlean/config.hpp"
+#include "kvlean/simd/select_kernels.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -30,10 +30,17 @@ enum class Pooling : u8 {
   return pooling == Pooling::max ? largest : sum / static_cast<float>(kernel);
 }
 
-/// out[t] = pooled_score(t) of all `count` tokens; `out` may not overlap `scores`.
+/// out[t] = pooled_score(t) of all `count` tokens; `out` may not overlap `scores`. The mean of more
+/// than 256 tokens may differ by rounding. O(min(kernel, 256) * count / lanes) for the mean,
+/// O(log(kernel) * count / lanes) for the maximum.
 inline void pool_scores(const float* scores, u32 count, u32 kernel, Pooling pooling,
                         float* out) noexcept {
-  for (u32 t = 0; t < count; ++t) out[t] = pooled_score(scores, count, t, kernel, pooling);
+  const simd::SelectKernels& kernels = simd::select_kernels();
+  if (pooling == Pooling::max) {
+    kernels.pool_maximum(scores, count, kernel, out);
+  } else {
+    kernels.pool_average(scores, count, kernel, out);
+  }
 }
 
 KVLEAN_NAMESPACE_END

@@ -9,6 +9,7 @@
 #include "kvlean/observe/attention_mass.hpp"
 #include "kvlean/score/pooling.hpp"
 #include "kvlean/score/preconditions.hpp"
+#include "kvlean/simd/merge_kernels.hpp"
 
 KVLEAN_NAMESPACE_BEGIN
 
@@ -164,8 +165,8 @@ struct RKVScorer {
         const u32 begin = std::min(visible.begin, end);
         float* row = scratch.row(r) + begin;
         detail::softmax(kernels, row, end - begin, spec.sink_logits != nullptr ? &sink : nullptr);
-        row_math::add_scaled(scratch.importance + begin, row, 1.0f / static_cast<float>(read),
-                             end - begin);
+        simd::merge_kernels().add_scaled(scratch.importance + begin, row,
+                                         1.0f / static_cast<float>(read), end - begin);
       }
     }
   }
@@ -181,9 +182,12 @@ struct RKVScorer {
     const u32 width = scratch.width;
     for (u32 t = 0; t < length; ++t) {
       float* key = scratch.key(t);
-      const float norm = std::sqrt(row_math::squared_norm(key, width));
+      const std::byte* pointer = reinterpret_cast<const std::byte*>(key);
+      float squared = 0.0f;
+      simd::merge_kernels().squared_norms({&pointer, 1}, DType::f32, width, &squared);
+      const float norm = std::sqrt(squared);
       if (norm > 0.0f && std::isfinite(norm)) {
-        row_math::scale(key, 1.0f / norm, width);
+        kernels.scale(key, width, 1.0f / norm);
       } else {
         std::fill_n(key, width, 0.0f);
       }
@@ -201,7 +205,7 @@ struct RKVScorer {
         float* cosine = scratch.row(r);
         cosine[first + r] = 0.0f;  // a token is no copy of itself
         leave_out_newest(cosine, length);
-        row_math::add_scaled(sum, cosine, 1.0f / static_cast<float>(length), length);
+        simd::merge_kernels().add_scaled(sum, cosine, 1.0f / static_cast<float>(length), length);
       }
     }
     detail::softmax(kernels, sum, length, nullptr);

@@ -37,8 +37,8 @@ struct SnapKVScorer {
   ///
   /// Errors: those of check_cache, shape_mismatch, null_pointer, missing_observation,
   /// invalid_group, invalid_option (even kernel), workspace_too_small, out_of_memory. O(query heads
-  /// * tokens * (w * width + kernel)), with max pooling of single queries O(query heads * tokens *
-  /// w * (width + kernel)).
+  /// * tokens * (w * width + pooling)), with max pooling of single queries O(query heads * tokens *
+  /// w * (width + pooling)); pooling: see pool_scores().
   [[nodiscard]] Status score(const CacheView& cache, const Observation& seen, Context& context,
                              Scores& scores) const noexcept {
     KVLEAN_RETURN_IF_ERROR(detail::check_scores(cache, scores, true));
@@ -51,7 +51,7 @@ struct SnapKVScorer {
     const Executor& executor = context.options.executor;
     const WorkspaceScope scope(context.workspace);
     AttentionScratchPool pool;
-    KVLEAN_RETURN_IF_ERROR(pool.take(cache, executor, (2 * heads + 1) * stride, context.workspace));
+    KVLEAN_RETURN_IF_ERROR(pool.take(cache, executor, (2 * heads + 2) * stride, context.workspace));
     parallel_for(executor, cache.segments, [&](u32 worker, u32 s) noexcept {
       float* task = pool.of_task(worker, s);
       score_segment(cache, s, queries, read, seen.attention, pool.scratch(task),
@@ -65,7 +65,7 @@ struct SnapKVScorer {
   }
 
  private:
-  /// Scratch of one segment: sums [heads], pooled [heads] and one row, each `stride` long.
+  /// Scratch of one segment: sums [heads], pooled [heads] and two rows, each `stride` long.
   struct Sums {
     float* floats;
     u32 heads;
@@ -73,6 +73,19 @@ struct SnapKVScorer {
     float* sum(u32 head) const noexcept { return floats + head * stride; }
     float* pooled(u32 head) const noexcept { return floats + (heads + head) * stride; }
     float* row() const noexcept { return floats + 2 * heads * stride; }
+    float* pooled_row() const noexcept { return row() + stride; }
+
+    /// result[t] becomes the reduction of the heads' rows, of which `rows` is the first.
+    void reduce(const float* rows, GroupReduction reduction, u32 length,
+                float* result) const noexcept {
+      const simd::SelectKernels& kernels = simd::select_kernels();
+      if (reduction == GroupReduction::max) {
+        kernels.maximum_rows(rows, stride, heads, length, result);
+      } else {
+        const float divisor = reduction == GroupReduction::mean ? static_cast<float>(heads) : 1.0f;
+        kernels.mean_rows(rows, stride, heads, length, divisor, result);
+      }
+    }
   };
 
   void score_segment(const CacheView& cache, u32 s, const Queries& queries, u32 read,
@@ -85,30 +98,33 @@ struct SnapKVScorer {
     const u32 first_head = s * sums.heads;
     const float scale = 1.0f / static_cast<float>(read);
     std::fill_n(sums.floats, 2 * sums.heads * sums.stride, 0.0f);
-    for_each_attention_tile(cache, s, queries, spec, queries.count - read, queries.count, scratch,
-                            [&](const AttentionTile& tile) noexcept {
-                              detail::add_tile_heads(tile, [&](u32 head) noexcept {
-                                return sums.sum(head - first_head);
+    const auto sum_of = [&](u32 head) noexcept { return sums.sum(head - first_head); };
+    if (pool_rows) {
+      for_each_attention_tile(cache, s, queries, spec, queries.count - read, queries.count, scratch,
+                              [&](const AttentionTile& tile) noexcept {
+                                detail::add_tile_heads(tile, sum_of);
+                                add_pooled_rows(tile, prefix, first_head, sums);
                               });
-                              if (pool_rows) add_pooled_rows(tile, prefix, first_head, sums);
-                            });
+    } else {
+      detail::accumulate_segment(cache, s, queries, spec, queries.count - read, queries.count,
+                                 scratch, sum_of);
+    }
+    const simd::AttentionKernels& kernels = simd::attention_kernels();
     for (u32 h = 0; h < sums.heads; ++h) {
-      row_math::scale(sums.sum(h), scale, length);
+      kernels.scale(sums.sum(h), length, scale);
       if (pool_rows) {
-        row_math::scale(sums.pooled(h), scale, prefix);
+        kernels.scale(sums.pooled(h), prefix, scale);
       } else if (order != PoolOrder::query_mean_group_pool) {
         pool_scores(sums.sum(h), prefix, kernel, pooling, sums.pooled(h));
       }
     }
     float* mass = scores.mass.segment(s);
     float* rank = scores.rank.segment(s);
-    detail::reduce_heads([&](u32 h) noexcept { return sums.sum(h); }, sums.heads, group, length,
-                         mass);
+    sums.reduce(sums.sum(0), group, length, mass);
     if (order == PoolOrder::query_mean_group_pool) {
       pool_scores(mass, prefix, kernel, pooling, rank);
     } else {
-      detail::reduce_heads([&](u32 h) noexcept { return sums.pooled(h); }, sums.heads, group,
-                           prefix, rank);
+      sums.reduce(sums.pooled(0), group, prefix, rank);
     }
     std::copy(mass + prefix, mass + length, rank + prefix);
   }
@@ -122,8 +138,9 @@ struct SnapKVScorer {
       const u32 end = std::min(tile.seen.end, prefix);
       const u32 begin = std::min(tile.seen.begin, end);
       std::copy(tile.row(r) + begin, tile.row(r) + end, row + begin);
-      float* pooled = sums.pooled(tile.query_head[r] - first_head);
-      for (u32 t = 0; t < prefix; ++t) pooled[t] += pooled_score(row, prefix, t, kernel, pooling);
+      pool_scores(row, prefix, kernel, pooling, sums.pooled_row());
+      tile.kernels->add_rows({sums.pooled_row(), sums.stride}, 1, prefix,
+                             sums.pooled(tile.query_head[r] - first_head));
     }
   }
 
@@ -132,7 +149,7 @@ struct SnapKVScorer {
     float best = nothing;
     for (u32 s = 0; s < cache.segments; ++s) {
       const u32 prefix = cache.length(s) - std::min(read, cache.length(s));
-      best = std::max(best, detail::max_logit(scores.rank.segment(s), prefix));
+      best = std::max(best, simd::attention_kernels().maximum(scores.rank.segment(s), prefix));
     }
     const float pinned = best == nothing ? 1.0f : best + 1.0f;
     for (u32 s = 0; s < cache.segments; ++s) {

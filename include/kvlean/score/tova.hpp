@@ -38,13 +38,18 @@ struct TOVAScorer {
                                  [&](u32) noexcept { return scores.rank.segment(s); });
     });
     const float factor = 1.0f / static_cast<float>(queries.rows.heads);
+    const simd::AttentionKernels& kernels = simd::attention_kernels();
     for (u32 s = 0; s < cache.segments; ++s) {
       float* mass = scores.mass.segment(s);
+      if (s != 0 && !cache.positions && cache.length(s) == cache.length(s - 1)) {
+        std::copy_n(scores.mass.segment(s - 1), cache.length(s), mass);  // the same sum
+        continue;
+      }
       std::fill_n(mass, cache.length(s), 0.0f);
       for (u32 other = 0; other < cache.segments; ++other) {
         add_matching(cache, s, other, scores.rank.segment(other), mass);
       }
-      for (u32 t = 0; t < cache.length(s); ++t) mass[t] *= factor;
+      kernels.scale(mass, cache.length(s), factor);
     }
     for (u32 s = 0; s < cache.segments; ++s) pin(cache.length(s), scores, s);
     scores.has_mass = true;
@@ -58,7 +63,7 @@ struct TOVAScorer {
     const u32 length = cache.length(to);
     const u32 from_length = cache.length(from);
     if (!cache.positions || to == from) {
-      for (u32 t = 0; t < std::min(length, from_length); ++t) mass[t] += row[t];
+      simd::attention_kernels().add_rows({row, 0}, 1, std::min(length, from_length), mass);
       return;
     }
     for (u32 t = 0, u = 0; t < length; ++t) {
@@ -73,7 +78,7 @@ struct TOVAScorer {
     float* rank = scores.rank.segment(s);
     std::copy_n(mass, length, rank);
     if (!pin_last || length == 1) return;
-    const float best = detail::max_logit(mass, length - 1);
+    const float best = simd::attention_kernels().maximum(mass, length - 1);
     if (best != -std::numeric_limits<float>::infinity()) rank[length - 1] = best + 1.0f;
   }
 };

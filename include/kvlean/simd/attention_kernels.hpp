@@ -15,6 +15,19 @@ struct RowPointers {
   u32 count = 0;
 };
 
+/// Rows that later kernels read, to be fetched into the cache meanwhile, one for each row read now.
+/// An eighth of them is begun with each in turn: as a rule these lie in different pages, and
+/// memory serves eight streams faster than one.
+struct RowsAhead {
+  RowsAhead() noexcept = default;
+  RowsAhead(RowPointers pointers, u32 bytes_each = 0, u32 begin_at = 0) noexcept
+      : rows(pointers), bytes(bytes_each), begin(begin_at) {}
+
+  RowPointers rows;
+  u32 bytes = 0;  ///< of each row; 0: as many as those of the rows that are read now
+  u32 begin = 0;  ///< rows fetched before, a multiple of 4
+};
+
 /// Rows of floats `stride` floats apart.
 struct FloatRows {
   float* data = nullptr;
@@ -36,19 +49,19 @@ inline constexpr u32 few_rows = 8;
 /// No argument needs alignment, and nothing beyond the extents is read or written.
 struct AttentionKernels {
   /// out[r][t] = queries[r] . keys[t]. A group's few query rows: keys are widened as they are read,
-  /// lanes run along the row. While key t is read, row t of `ahead` (which may be empty) is
-  /// prefetched.
+  /// lanes run along the row. While key t is read, the t-th of `ahead` (which may be empty) is
+  /// fetched.
   void (*score_few)(ConstFloatRows queries, u32 rows, RowPointers keys, DType dtype, u32 width,
-                    RowPointers ahead, FloatRows out) noexcept;
+                    RowsAhead ahead, FloatRows out) noexcept;
 
   /// The same for many query rows: lanes run along the rows. `queries` is [width][padded rows]:
   /// the stride is `rows` rounded up to a multiple of query_block, at most 32, pads zero.
   void (*score_many)(ConstFloatRows queries, u32 rows, ConstFloatRows keys, u32 tokens, u32 width,
                      FloatRows out) noexcept;
 
-  /// sum[r] += weight[r][0] values[0] + weight[r][1] values[1] + ..; prefetches as score_few does.
+  /// sum[r] += weight[r][0] values[0] + weight[r][1] values[1] + ..; fetches as score_few does.
   void (*blend)(ConstFloatRows weight, u32 rows, RowPointers values, DType dtype, u32 width,
-                RowPointers ahead, FloatRows sum) noexcept;
+                RowsAhead ahead, FloatRows sum) noexcept;
 
   /// x[t] = softcap(scale * x[t]) + log_mass[t]; softcap 0 and null log mass: none. Returns the
   /// largest that is not NaN, -inf if there is none.

@@ -61,12 +61,13 @@ namespace simd {
 inline namespace KVLEAN_SIMD_BASELINE {
 
 /// The table of `target` among those of a group of kernels; the scalar one if this CPU cannot run
-/// it. O(1).
+/// it. Of Target::amx, whose tiles only matrix_kernels.hpp has, it is that of avx512. O(1).
 template <class Tables>
 [[nodiscard]] auto& table_of(Target target) noexcept {
   if (target == Target::best) target = best();
 #if KVLEAN_SIMD_X86
-  if (target == Target::avx512 && supported(target)) return Tables::avx512;
+  const bool wide = target == Target::avx512 || target == Target::amx;
+  if (wide && supported(target)) return Tables::avx512;
   if (target == Target::avx2 && supported(target)) return Tables::avx2;
 #elif KVLEAN_SIMD_NEON
   if (target == Target::neon) return Tables::neon;

@@ -12,6 +12,11 @@
 #else
 #define KVLEAN_SIMD_X86 0
 #endif
+#if defined(__x86_64__) && defined(__linux__)
+#define KVLEAN_SIMD_AMX 1
+#else
+#define KVLEAN_SIMD_AMX 0
+#endif
 #if defined(__aarch64__)
 #define KVLEAN_SIMD_NEON 1
 #else
@@ -57,6 +62,7 @@ enum class Target : u8 {
   avx2,    ///< AVX2, FMA, F16C
   avx512,  ///< AVX-512 F, BW, DQ, VL
   neon,    ///< 64-bit ARM
+  amx,     ///< avx512, and AMX-BF16 tiles where a bf16 matrix meets another
 };
 
 [[nodiscard]] constexpr const char* name(Target target) noexcept {
@@ -71,6 +77,8 @@ enum class Target : u8 {
       return "avx512";
     case Target::neon:
       return "neon";
+    case Target::amx:
+      return "amx";
   }
   return "unknown";
 }
@@ -113,9 +121,55 @@ namespace detail {
 
 inline constinit std::atomic<Target> detected{Target::best};  // `best`: not asked yet
 
+/// Asks the CPU for AMX-BF16, and Linux (5.16 or later) for leave to use it in this process. Leave
+/// is refused where a thread's alternate signal stack is too small for the state of the tiles.
+[[nodiscard]] inline bool detect_tiles() noexcept {
+#if KVLEAN_SIMD_AMX
+  if (detect() != Target::avx512) return false;
+  unsigned a = 0;
+  unsigned b = 0;
+  unsigned c = 0;
+  unsigned d = 0;
+  if (__get_cpuid_count(7, 0, &a, &b, &c, &d) == 0) return false;
+  constexpr unsigned bf16_and_tile = 1u << 22 | 1u << 24;
+  if ((d & bf16_and_tile) != bf16_and_tile) return false;
+  // Palette 1: at least 8 tiles of 16 rows of 64 bytes.
+  if (__get_cpuid_count(0x1d, 1, &a, &b, &c, &d) == 0) return false;
+  if ((b & 0xffffu) < 64 || b >> 16 < 8 || (c & 0xffffu) < 16) return false;
+  unsigned saved = 0;
+  unsigned upper = 0;
+  __asm__ volatile("xgetbv" : "=a"(saved), "=d"(upper) : "c"(0));
+  constexpr unsigned tile_state = 1u << 17 | 1u << 18;
+  if ((saved & tile_state) != tile_state) return false;
+  long result = 158;            // the system call arch_prctl
+  const long request = 0x1023;  // ARCH_REQ_XCOMP_PERM
+  const long tile_data = 18;    // XFEATURE_XTILEDATA
+  __asm__ volatile("syscall"
+                   : "+a"(result)
+                   : "D"(request), "S"(tile_data)
+                   : "rcx", "r11", "memory");
+  return result == 0;
+#else
+  return false;
+#endif
+}
+
+inline constinit std::atomic<u8> tiles{2};  // 2: not asked yet
+
+/// Whether AMX tiles may be used. The first call asks the operating system. O(1).
+[[nodiscard]] inline bool has_tiles() noexcept {
+  u8 answer = tiles.load(std::memory_order_relaxed);
+  if (answer == 2) {
+    answer = detect_tiles() ? 1 : 0;
+    tiles.store(answer, std::memory_order_relaxed);
+  }
+  return answer == 1;
+}
+
 }  // namespace detail
 
-/// The widest target of this CPU; never Target::best. Same answer in every call. O(1).
+/// The widest target of this CPU's vectors; never Target::best, nor Target::amx: whether tiles
+/// serve, is asked where there are matrices. Same answer in every call. O(1).
 [[nodiscard]] inline Target best() noexcept {
   Target target = detail::detected.load(std::memory_order_relaxed);
   if (target == Target::best) {
@@ -125,8 +179,10 @@ inline constinit std::atomic<Target> detected{Target::best};  // `best`: not ask
   return target;
 }
 
-/// Whether this CPU can run `target`. O(1).
+/// Whether this CPU can run `target`. Asked about Target::amx for the first time, it asks the
+/// operating system to let the process use the tiles. O(1).
 [[nodiscard]] inline bool supported(Target target) noexcept {
+  if (target == Target::amx) return detail::has_tiles();
   const Target widest = best();
   return target == Target::best || target == Target::scalar || target == widest ||
          (target == Target::avx2 && widest == Target::avx512);

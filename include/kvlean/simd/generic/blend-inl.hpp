@@ -6,7 +6,7 @@
 /// repeat it and are not written.
 template <class E, u32 rows, u32 vectors>
 inline void blend_block(ConstFloatRows weight, u32 used_rows, RowPointers values, u32 column,
-                        RowPointers ahead, u32 ahead_bytes, FloatRows out) noexcept {
+                        RowsAhead ahead, u32 ahead_from, u32 ahead_to, FloatRows out) noexcept {
   const float* weights[rows];
   Vector sum[rows][vectors];
   KVLEAN_SIMD_UNROLL
@@ -18,17 +18,20 @@ inline void blend_block(ConstFloatRows weight, u32 used_rows, RowPointers values
       sum[r][c] = load(out.data + row * out.stride + column + c * lanes);
     }
   }
-  for (u32 t = 0; t < values.count; ++t) {
-    const E* value = reinterpret_cast<const E*>(values.row[t]) + column;
-    prefetch_row(ahead, t, ahead_bytes);
-    Vector v[vectors];
-    KVLEAN_SIMD_UNROLL
-    for (u32 c = 0; c < vectors; ++c) v[c] = load(value + c * lanes);
-    KVLEAN_SIMD_UNROLL
-    for (u32 r = 0; r < rows; ++r) {
-      const Vector w = set1(weights[r][t]);
+  for (u32 t = 0; t < values.count;) {
+    prefetch_rows(ahead, t, ahead_from, ahead_to);
+    const u32 last = values.count - t < 4 ? values.count : t + 4;
+    for (; t < last; ++t) {
+      const E* value = reinterpret_cast<const E*>(values.row[t]) + column;
+      Vector v[vectors];
       KVLEAN_SIMD_UNROLL
-      for (u32 c = 0; c < vectors; ++c) sum[r][c] = fma(w, v[c], sum[r][c]);
+      for (u32 c = 0; c < vectors; ++c) v[c] = load(value + c * lanes);
+      KVLEAN_SIMD_UNROLL
+      for (u32 r = 0; r < rows; ++r) {
+        const Vector w = set1(weights[r][t]);
+        KVLEAN_SIMD_UNROLL
+        for (u32 c = 0; c < vectors; ++c) sum[r][c] = fma(w, v[c], sum[r][c]);
+      }
     }
   }
   KVLEAN_SIMD_UNROLL
@@ -58,23 +61,29 @@ inline void blend_rest(ConstFloatRows weight, u32 rows, RowPointers values, u32 
 
 template <class E, u32 rows>
 inline void blend_rows_of(ConstFloatRows weight, u32 used_rows, RowPointers values, u32 width,
-                          RowPointers ahead, FloatRows sum) noexcept {
-  const u32 bytes = width * static_cast<u32>(sizeof(E));
+                          RowsAhead ahead, FloatRows sum) noexcept {
+  constexpr u32 step = blend_width * lanes;
   u32 column = 0;
-  for (; column + blend_width * lanes <= width; column += blend_width * lanes) {
-    blend_block<E, rows, blend_width>(weight, used_rows, values, column, ahead, bytes, sum);
-    ahead = {};
+  u32 fetched = 0;  // bytes of the rows ahead; each pass takes its share, the last the rest
+  for (; column + step <= width; column += step) {
+    const u32 share = column + 2 * step <= width
+                          ? fetched + (step * static_cast<u32>(sizeof(E)) + 63) / 64 * 64
+                          : ahead.bytes;
+    blend_block<E, rows, blend_width>(weight, used_rows, values, column, ahead, fetched, share,
+                                      sum);
+    fetched = share;
   }
   for (; column + lanes <= width; column += lanes) {
-    blend_block<E, rows, 1>(weight, used_rows, values, column, ahead, bytes, sum);
-    ahead = {};
+    blend_block<E, rows, 1>(weight, used_rows, values, column, ahead, fetched, ahead.bytes, sum);
+    fetched = ahead.bytes;
   }
   if (column < width) blend_rest<E>(weight, used_rows, values, column, width - column, sum);
 }
 
 template <class E>
 inline void blend_of(ConstFloatRows weight, u32 rows, RowPointers values, u32 width,
-                     RowPointers ahead, FloatRows sum) noexcept {
+                     RowsAhead ahead, FloatRows sum) noexcept {
+  if (ahead.bytes == 0) ahead.bytes = width * static_cast<u32>(sizeof(E));
   while (rows != 0) {
     const u32 step = rows < blend_rows ? rows : blend_rows;
     if (step == 1) {
@@ -90,7 +99,7 @@ inline void blend_of(ConstFloatRows weight, u32 rows, RowPointers values, u32 wi
 }
 
 inline void blend(ConstFloatRows weight, u32 rows, RowPointers values, DType dtype, u32 width,
-                  RowPointers ahead, FloatRows sum) noexcept {
+                  RowsAhead ahead, FloatRows sum) noexcept {
   if (dtype == DType::f32) {
     blend_of<float>(weight, rows, values, width, ahead, sum);
   } else if (dtype == DType::f16) {

@@ -2,18 +2,48 @@
 // SPDX-License-Identifier: Apache-2.0
 // Query rows times key rows.
 
-/// Fetches the `bytes` bytes of row t for a later kernel.
-inline void prefetch_row(RowPointers rows, u32 t, u32 bytes) noexcept {
-  if (t >= rows.count) return;
-  for (u32 at = 0; at < bytes; at += 64) __builtin_prefetch(rows.row[t] + at);
+/// Fetches bytes [from, to) of the four rows whose turn it is while rows [t, t + 4) are read.
+/// Always inlined: to g++ a call that only prefetches does nothing, and is dropped.
+__attribute__((always_inline)) inline void prefetch_rows(const RowsAhead& ahead, u32 t, u32 from,
+                                                         u32 to) noexcept {
+  const u32 eighth = (ahead.rows.count + 7) / 8;
+  const u32 n = ahead.begin + t;
+  const u32 first = n % 8 * eighth + n / 8;
+  if (n >= 8 * eighth) return;
+  const u32 last = ahead.rows.count - 1;
+  const std::byte* const* row = ahead.rows.row;
+  const std::byte* a = row[first < last ? first : last];
+  const std::byte* b = row[first + eighth < last ? first + eighth : last];
+  const std::byte* c = row[first + 2 * eighth < last ? first + 2 * eighth : last];
+  const std::byte* d = row[first + 3 * eighth < last ? first + 3 * eighth : last];
+  for (u32 at = from; at < to; at += 64) {
+    __builtin_prefetch(a + at);
+    __builtin_prefetch(b + at);
+    __builtin_prefetch(c + at);
+    __builtin_prefetch(d + at);
+  }
+}
+
+/// out[r * stride + j] = the sum of the lanes of sum[r][j].
+template <u32 rows>
+inline void add_lanes(const Vector (*sum)[4], float* out, u64 stride) noexcept {
+  if constexpr (rows == 4) {
+    sum4x4(sum, out, stride);
+  } else {
+    KVLEAN_SIMD_UNROLL
+    for (u32 r = 0; r < rows; ++r) {
+      sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], out + r * stride);
+    }
+  }
 }
 
 /// Up to `rows` query rows with all keys, four keys at a time. Rows past the last repeat it and are
 /// not written: fewer variants to compile, and the time goes to reading keys.
 template <class E, u32 rows>
 inline void score_row_block(ConstFloatRows queries, u32 used_rows, RowPointers keys, u32 width,
-                            RowPointers ahead, FloatRows out) noexcept {
+                            RowsAhead ahead, FloatRows out) noexcept {
   const float* query[rows];
+  KVLEAN_SIMD_UNROLL
   for (u32 r = 0; r < rows; ++r) {
     query[r] = queries.data + (r < used_rows ? r : used_rows - 1) * queries.stride;
   }
@@ -21,11 +51,12 @@ inline void score_row_block(ConstFloatRows queries, u32 used_rows, RowPointers k
   const u32 rest = width - whole;
   for (u32 t = 0; t < keys.count; t += 4) {
     const u32 here = keys.count - t < 4 ? keys.count - t : 4;
-    const E* key[4];
-    for (u32 j = 0; j < 4; ++j) {  // past the last key the first is read again, and not written
-      key[j] = reinterpret_cast<const E*>(keys.row[t + (j < here ? j : 0)]);
-      prefetch_row(ahead, t + j, width * static_cast<u32>(sizeof(E)));
-    }
+    // Past the last key the first is read again, and not written.
+    const E* key0 = reinterpret_cast<const E*>(keys.row[t]);
+    const E* key1 = reinterpret_cast<const E*>(keys.row[t + (here > 1 ? 1 : 0)]);
+    const E* key2 = reinterpret_cast<const E*>(keys.row[t + (here > 2 ? 2 : 0)]);
+    const E* key3 = reinterpret_cast<const E*>(keys.row[t + (here > 3 ? 3 : 0)]);
+    prefetch_rows(ahead, t, 0, ahead.bytes);
     Vector sum[rows][4];
     KVLEAN_SIMD_UNROLL
     for (u32 r = 0; r < rows; ++r) {
@@ -33,7 +64,7 @@ inline void score_row_block(ConstFloatRows queries, u32 used_rows, RowPointers k
       for (u32 j = 0; j < 4; ++j) sum[r][j] = zero();
     }
     for (u32 i = 0; i < whole; i += lanes) {
-      const Vector k[4] = {load(key[0] + i), load(key[1] + i), load(key[2] + i), load(key[3] + i)};
+      const Vector k[4] = {load(key0 + i), load(key1 + i), load(key2 + i), load(key3 + i)};
       KVLEAN_SIMD_UNROLL
       for (u32 r = 0; r < rows; ++r) {
         const Vector q = load(query[r] + i);
@@ -42,8 +73,8 @@ inline void score_row_block(ConstFloatRows queries, u32 used_rows, RowPointers k
       }
     }
     if (rest != 0) {
-      const Vector k[4] = {load(key[0] + whole, rest), load(key[1] + whole, rest),
-                           load(key[2] + whole, rest), load(key[3] + whole, rest)};
+      const Vector k[4] = {load(key0 + whole, rest), load(key1 + whole, rest),
+                           load(key2 + whole, rest), load(key3 + whole, rest)};
       KVLEAN_SIMD_UNROLL
       for (u32 r = 0; r < rows; ++r) {
         const Vector q = load(query[r] + whole, rest);
@@ -53,26 +84,21 @@ inline void score_row_block(ConstFloatRows queries, u32 used_rows, RowPointers k
     }
     float* to = out.data + t;
     if (here == 4 && used_rows == rows) {
-      KVLEAN_SIMD_UNROLL
-      for (u32 r = 0; r < rows; ++r) {
-        sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], to + r * out.stride);
-      }
+      add_lanes<rows>(sum, to, out.stride);
       continue;
     }
-    float product[rows][4];
-    KVLEAN_SIMD_UNROLL
-    for (u32 r = 0; r < rows; ++r) {
-      sum4(sum[r][0], sum[r][1], sum[r][2], sum[r][3], product[r]);
-    }
+    float product[rows * 4];
+    add_lanes<rows>(sum, product, 4);
     for (u32 r = 0; r < used_rows; ++r) {
-      for (u32 j = 0; j < here; ++j) to[r * out.stride + j] = product[r][j];
+      for (u32 j = 0; j < here; ++j) to[r * out.stride + j] = product[r * 4 + j];
     }
   }
 }
 
 template <class E>
 inline void score_few_of(ConstFloatRows queries, u32 rows, RowPointers keys, u32 width,
-                         RowPointers ahead, FloatRows out) noexcept {
+                         RowsAhead ahead, FloatRows out) noexcept {
+  if (ahead.bytes == 0) ahead.bytes = width * static_cast<u32>(sizeof(E));
   while (rows != 0) {
     const u32 step = rows < score_rows ? rows : score_rows;
     if (step == 1) {
@@ -88,7 +114,7 @@ inline void score_few_of(ConstFloatRows queries, u32 rows, RowPointers keys, u32
 }
 
 inline void score_few(ConstFloatRows queries, u32 rows, RowPointers keys, DType dtype, u32 width,
-                      RowPointers ahead, FloatRows out) noexcept {
+                      RowsAhead ahead, FloatRows out) noexcept {
   if (dtype == DType::f32) {
     score_few_of<float>(queries, rows, keys, width, ahead, out);
   } else if (dtype == DType::f16) {

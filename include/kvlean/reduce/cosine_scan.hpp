@@ -1,0 +1,81 @@
+// Copyright 2026 The KVLean Authors
+// SPDX-License-Identifier: Apache-2.0
+#pragma once
+
+#include <algorithm>
+#include <cmath>
+
+#include "kvlean/core/row_tile.hpp"
+#include "kvlean/simd/merge_kernels.hpp"
+
+KVLEAN_NAMESPACE_BEGIN
+namespace detail {
+
+/// Reads a segment's keys once, a tile at a time, and gives the cosine of each key with the next
+/// one; 0 when a key is zero. Rows before the last one of a tile are not read again, so they may be
+/// overwritten meanwhile. O(length * width).
+class CosineScan {
+ public:
+  static constexpr u32 tile = 32;
+
+  /// Prefetches `ahead` of the rows of the next tile; the caller may do so for the others.
+  CosineScan(const Rows& keys, u32 head, u32 length, u32 ahead = tile) noexcept
+      : keys_(keys), head_(head), length_(length), ahead_(ahead) {}
+
+  /// Neighbours [begin, end): cosine[t - begin] is that of tokens t and t + 1.
+  struct Pairs {
+    u32 begin = 0;
+    u32 end = 0;
+    const float* cosine = nullptr;
+  };
+  [[nodiscard]] bool done() const noexcept { return next_ == length_; }
+  [[nodiscard]] Pairs next() noexcept {
+    const u32 first = next_;
+    const u32 count = read_tile();
+    for (u32 i = 0; i < count; ++i) {
+      norm_[i + 1] = std::sqrt(squared_[i]);
+      const float scale = norm_[i] * norm_[i + 1];
+      cosine_[i] = scale != 0.0f ? product_[i] / scale : 0.0f;
+    }
+    norm_[0] = norm_[count];
+    next_ += count;
+    const u32 skip = first == 0 ? 1 : 0;  // the first token has none before it
+    return {first + skip - 1, next_ - 1, cosine_ + skip};
+  }
+
+ private:
+  u32 read_tile() noexcept {
+    const simd::MergeKernels& kernels = simd::merge_kernels();
+    if (is_contiguous_row(keys_)) {
+      const std::byte* pointers[2 * tile];
+      const u32 count = std::min(tile, length_ - next_);
+      const u32 ahead = std::min(ahead_, length_ - next_ - count);
+      static_cast<void>(point_at_rows(keys_, head_, next_, count + ahead, pointers));
+      kernels.neighbours(previous_, {pointers, count}, keys_.dtype, keys_.width,
+                         {pointers + count, ahead}, squared_, product_);
+      previous_ = pointers[count - 1];
+      return count;
+    }
+    float* row = loaded_[next_ & 1];
+    load_row(keys_, head_, next_, row);
+    const std::byte* pointer = reinterpret_cast<const std::byte*>(row);
+    kernels.neighbours(previous_, {&pointer, 1}, DType::f32, keys_.width, {}, squared_, product_);
+    previous_ = pointer;
+    return 1;
+  }
+
+  const Rows& keys_;
+  u32 head_;
+  u32 length_;
+  u32 ahead_;
+  u32 next_ = 0;
+  const void* previous_ = nullptr;
+  float squared_[tile];
+  float product_[tile];
+  float norm_[tile + 1] = {};
+  float cosine_[tile];
+  float loaded_[2][max_row_width];  // of rows that kernels can't read where they lie
+};
+
+}  // namespace detail
+KVLEAN_NAMESPACE_END

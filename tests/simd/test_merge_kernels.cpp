@@ -1,0 +1,194 @@
+// Copyright 2026 The KVLean Authors
+// SPDX-License-Identifier: Apache-2.0
+// Norms, products, distances and weighted sums: the bits of row_math on every target, and what they
+// are against double, at the edge of memory.
+#include <cmath>
+#include <cstring>
+#include <kvlean/simd/merge_kernels.hpp>
+#include <kvlean/simd/row_kernels.hpp>
+#include <kvlean/simd/row_math.hpp>
+#include <limits>
+#include <memory>
+#include <random>
+#include <vector>
+
+#include "tests/simd/targets.hpp"
+#include "tests/support/catch.hpp"
+
+namespace {
+
+using namespace kvlean;
+using kvlean_test::GuardedBytes;
+using kvlean_test::targets;
+
+/// Rows that end at a guard page or begin at one, mostly not aligned, and their values as float.
+class GuardedRows {
+ public:
+  GuardedRows(u32 count, u32 width, DType dtype, u32 seed) : width_(width) {
+    std::mt19937 random(seed);
+    std::normal_distribution<float> normal;
+    for (u32 t = 0; t < count; ++t) {
+      storage_.push_back(std::make_unique<GuardedBytes>(width * size_bytes(dtype)));
+      std::byte* at = t % 3 == 0 ? storage_.back()->first() : storage_.back()->last();
+      for (u32 d = 0; d < width; ++d) {
+        std::byte* element = at + d * size_bytes(dtype);
+        store_element(element, dtype, normal(random));
+        values_.push_back(load_element(element, dtype));
+      }
+      pointers_.push_back(at);
+    }
+  }
+  [[nodiscard]] simd::RowPointers rows() const {
+    return {pointers_.data(), static_cast<u32>(pointers_.size())};
+  }
+  [[nodiscard]] const float* row(u32 t) const { return values_.data() + std::size_t{t} * width_; }
+
+ private:
+  u32 width_;
+  std::vector<std::unique_ptr<GuardedBytes>> storage_;
+  std::vector<const std::byte*> pointers_;
+  std::vector<float> values_;
+};
+
+bool same_bits(const std::vector<float>& a, const std::vector<float>& b) {
+  return a.size() == b.size() && std::memcmp(a.data(), b.data(), a.size() * sizeof(float)) == 0;
+}
+
+constexpr u32 widths[] = {1, 3, 8, 15, 16, 17, 31, 40, 64, 72, 128, 131, 192};
+constexpr u32 counts[] = {0, 1, 2, 3, 4, 5, 9};
+constexpr DType dtypes[] = {DType::f32, DType::f16, DType::bf16};
+
+/// Calls body(target, dtype, width, count, rows) for all of them, with a row more than `count`.
+template <class Body>
+void for_each_shape(Body&& body) {
+  for (const DType dtype : dtypes) {
+    for (const u32 width : widths) {
+      for (const u32 count : counts) {
+        const GuardedRows rows(count + 1, width, dtype, 7 * width + count);
+        for (const simd::Target target : targets()) {
+          CAPTURE(simd::name(target), name(dtype), width, count);
+          body(simd::merge_kernels(target), dtype, width, count, rows);
+        }
+      }
+    }
+  }
+}
+
+}  // namespace
+
+TEST_CASE("Norms, products and distances have row_math's bits on every target", "[simd]") {
+  for_each_shape([](const simd::MergeKernels& kernels, DType dtype, u32 width, u32 count,
+                    const GuardedRows& all) {
+    const simd::RowPointers rows{all.rows().row + 1, count};
+    const void* first = all.rows().row[0];
+    std::vector<float> norms(count), products(count), distances(count), squared(count),
+        crossed(count);
+    std::vector<float> norms_seen(count), products_seen(count), distances_seen(count),
+        squared_seen(count), crossed_seen(count);
+    for (u32 t = 0; t < count; ++t) {
+      norms[t] = squared[t] = row_math::squared_norm(all.row(t + 1), width);
+      products[t] = row_math::dot(all.row(0), all.row(t + 1), width);
+      distances[t] = row_math::squared_distance(all.row(0), all.row(t + 1), width);
+      crossed[t] = row_math::dot(all.row(t), all.row(t + 1), width);
+      double exact = 0.0;
+      double size = 0.0;
+      for (u32 d = 0; d < width; ++d) {
+        const double product = static_cast<double>(all.row(0)[d]) * all.row(t + 1)[d];
+        exact += product;
+        size += std::fabs(product);
+      }
+      REQUIRE(std::fabs(products[t] - exact) <= (width / 16.0 + 6.0) * 0x1p-24 * size);
+    }
+    kernels.squared_norms(rows, dtype, width, norms_seen.data());
+    kernels.products(all.row(0), rows, dtype, width, products_seen.data());
+    kernels.squared_distances(first, rows, dtype, width, distances_seen.data());
+    kernels.neighbours(first, rows, dtype, width, all.rows(), squared_seen.data(),
+                       crossed_seen.data());
+    CHECK(same_bits(norms, norms_seen));
+    CHECK(same_bits(products, products_seen));
+    CHECK(same_bits(distances, distances_seen));
+    CHECK(same_bits(squared, squared_seen));
+    CHECK(same_bits(crossed, crossed_seen));
+    if (count == 0) return;
+    kernels.neighbours(nullptr, rows, dtype, width, {}, squared_seen.data(), crossed_seen.data());
+    crossed[0] = norms[0];
+    CHECK(same_bits(crossed, crossed_seen));
+  });
+}
+
+TEST_CASE("Weighted sums have the bits of a plain loop and one rounding on every target",
+          "[simd]") {
+  for_each_shape([](const simd::MergeKernels& kernels, DType dtype, u32 width, u32 count,
+                    const GuardedRows& all) {
+    std::vector<float> weight(count);
+    for (u32 t = 0; t < count; ++t) weight[t] = 0.37f / static_cast<float>(t + 1);
+    const simd::WeighedRows rows{
+        all.rows().row[0], 0.61f, {all.rows().row + 1, count}, weight.data()};
+    std::vector<float> sum(all.row(0), all.row(0) + width);
+    row_math::scale(sum.data(), rows.self, width);
+    for (u32 t = 0; t < count; ++t) {
+      row_math::add_scaled(sum.data(), all.row(t + 1), weight[t], width);
+    }
+    const std::size_t bytes = width * size_bytes(dtype);
+    std::vector<std::byte> rounded(bytes);
+    simd::row_kernels(simd::Target::scalar).store(sum.data(), rounded.data(), dtype, width);
+
+    const GuardedBytes floats(width * sizeof(float));
+    kernels.weigh(rows, dtype, width, true, false, floats.last());
+    CHECK(std::memcmp(floats.last(), sum.data(), width * sizeof(float)) == 0);
+    const GuardedBytes out(bytes);
+    kernels.weigh(rows, dtype, width, false, false, out.last());
+    CHECK(std::memcmp(out.last(), rounded.data(), bytes) == 0);
+    if (bytes % 64 == 0) {
+      std::memset(out.first(), 0, bytes);  // page aligned
+      kernels.weigh(rows, dtype, width, false, true, out.first());
+      kernels.stream_end();
+      CHECK(std::memcmp(out.first(), rounded.data(), bytes) == 0);
+      const GuardedBytes copy(bytes);
+      kernels.stream_row(all.rows().row[0], copy.first(), static_cast<u32>(bytes));
+      kernels.stream_end();
+      CHECK(std::memcmp(copy.first(), all.rows().row[0], bytes) == 0);
+    }
+
+    std::vector<float> added(all.row(0), all.row(0) + width);
+    std::vector<float> added_seen = added;
+    for (u32 t = 0; t < count; ++t) {
+      row_math::add_scaled(added.data(), all.row(t + 1), weight[t], width);
+    }
+    kernels.add_weighed(rows.terms, weight.data(), dtype, width, added_seen.data());
+    CHECK(same_bits(added, added_seen));
+    row_math::add_scaled(added.data(), all.row(0), -0.3f, width);
+    kernels.add_scaled(added_seen.data(), all.row(0), -0.3f, width);
+    CHECK(same_bits(added, added_seen));
+  });
+}
+
+TEST_CASE("A sum may be written over its anchor, and NaN stays in its row", "[simd]") {
+  constexpr u32 width = 72;
+  for (const DType dtype : dtypes) {
+    for (const simd::Target target : targets()) {
+      CAPTURE(simd::name(target), name(dtype));
+      const simd::MergeKernels& kernels = simd::merge_kernels(target);
+      const GuardedRows all(3, width, dtype, 5);
+      const float weight[2] = {0.25f, 0.5f};
+      const simd::WeighedRows rows{all.rows().row[0], 0.25f, {all.rows().row + 1, 2}, weight};
+      const std::size_t bytes = width * size_bytes(dtype);
+      std::vector<std::byte> apart(bytes);
+      kernels.weigh(rows, dtype, width, false, false, apart.data());
+      std::byte* anchor = const_cast<std::byte*>(all.rows().row[0]);
+      kernels.weigh(rows, dtype, width, false, false, anchor);
+      CHECK(std::memcmp(anchor, apart.data(), bytes) == 0);
+
+      store_element(const_cast<std::byte*>(all.rows().row[1]), dtype,
+                    std::numeric_limits<float>::quiet_NaN());
+      float squared[3];
+      float crossed[3];
+      kernels.neighbours(nullptr, all.rows(), dtype, width, {}, squared, crossed);
+      CHECK(std::isfinite(squared[0]));
+      CHECK(std::isnan(squared[1]));
+      CHECK(std::isfinite(squared[2]));
+      CHECK(std::isnan(crossed[1]));
+      CHECK(std::isnan(crossed[2]));
+    }
+  }
+}
