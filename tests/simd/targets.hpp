@@ -18,7 +18,7 @@ namespace kvlean_test {
 inline std::vector<kvlean::simd::Target> targets() {
   using kvlean::simd::Target;
   std::vector<Target> all{Target::scalar};
-  for (const Target target : {Target::avx2, Target::avx512, Target::neon}) {
+  for (const Target target : {Target::avx2, Target::avx512, Target::amx, Target::neon}) {
     if (kvlean::simd::supported(target)) all.push_back(target);
   }
   return all;
