@@ -191,8 +191,8 @@ __global__ void __launch_bounds__(1024)
   if (destination.has_positions && pool.positions == nullptr) return StatusCode::needs_positions;
   if (destination.has_log_mass && pool.log_mass == nullptr) return StatusCode::needs_log_mass;
   return launch(context, {.grid = 1, .block = 1024, .overlap = true},
-                detail::pack_segments_kernel<>, lengths,
-                cache.num_segments(), slack, pool, cache, destination, context.error);
+                detail::pack_segments_kernel<>, lengths, cache.num_segments(), slack, pool, cache,
+                destination, context.error);
 }
 
 /// Appends up to `count` tokens to every segment of a sequence, behind what is there: nothing is
