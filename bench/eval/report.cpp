@@ -12,44 +12,22 @@
 #include <set>
 #include <tuple>
 
-#include "bench/eval/chart.hpp"
+#include "bench/chart/chart.hpp"
 
 namespace kvlean::eval {
 namespace {
 
+using chart::Chart;
+using chart::ChartLine;
+using chart::escape;
+using chart::HeatMap;
+using chart::Look;
+using chart::swatch;
+using chart::to_svg;
+
 constexpr std::size_t most_lines = 12;  // of a chart
 
-constexpr const char* page_style = R"css(
-*{box-sizing:border-box}
-html{color-scheme:light dark}
-body{margin:0;background:var(--page);color:var(--ink);
-  font:15px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}
-main{max-width:1180px;margin:0 auto;padding:28px 20px 60px}
-h1{font-size:26px;line-height:1.25;margin:0 0 4px}
-h2{font-size:20px;margin:44px 0 10px;padding-top:14px;border-top:1px solid var(--grid)}
-h3{font-size:16px;margin:28px 0 6px}
-h4{font-size:14px;margin:18px 0 4px;color:var(--soft)}
-p{margin:8px 0;max-width:84ch}
-.soft{color:var(--soft)}
-code{font:13px/1.5 ui-monospace,'SF Mono',Menlo,Consolas,'DejaVu Sans Mono',monospace}
-.command{display:block;padding:10px 12px;margin:10px 0;border:1px solid var(--grid);
-  border-radius:8px;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:3px 18px;margin:12px 0}
-dt{color:var(--soft)}
-dd{margin:0;overflow-wrap:anywhere}
-.chart{display:block;width:100%;min-width:640px;max-width:1060px;height:auto;margin:16px 0}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:0 0 10px}
-th,td{padding:3px 14px 3px 0;text-align:right;white-space:nowrap}
-th{color:var(--soft);font-weight:500;border-bottom:1px solid var(--frame);vertical-align:bottom}
-td{border-bottom:1px solid var(--grid)}
-th:first-child,td:first-child{text-align:left}
-td small{color:var(--soft)}
-tr.yardstick td{color:var(--soft);font-style:italic}
-td.best{font-weight:700}
-.swatch{vertical-align:-2px;margin-right:8px}
-footer{margin-top:44px;color:var(--soft);font-size:13.5px}
-)css";
+constexpr const char* own_style = "tr.yardstick td{color:var(--soft);font-style:italic}\n";
 
 std::string fixed(double value, int decimals) {
   if (!std::isfinite(value)) return "–";
@@ -211,7 +189,7 @@ Chart make_chart(const Page& page, const Section& section, const std::string& ta
     policies.resize(most_lines);
   }
   for (const std::string& policy : policies) {
-    ChartLine line{policy, page.looks.at(policy), {}};
+    ChartLine line{policy, Look::nth(page.looks.at(policy)), {}};
     for (const SummaryRecord* row : rows) {
       if (row->policy != policy || !(row->*form.value)) continue;
       const Interval& interval = *(row->*form.value);
@@ -342,7 +320,7 @@ std::string difference_cell(const std::optional<Interval>& interval) {
 
 std::string policy_cell(const Page& page, const SummaryRecord& record) {
   if (is_yardstick(record.policy)) return "<td>" + yardstick_name(record.policy) + "</td>";
-  return "<td>" + swatch(page.looks.at(record.policy)) + escape(record.policy) + "</td>";
+  return "<td>" + swatch(Look::nth(page.looks.at(record.policy))) + escape(record.policy) + "</td>";
 }
 
 /// The bytes of the smallest of the rows, which the others are compared to.
@@ -616,7 +594,7 @@ std::string to_html(const RunMeta& meta, const std::vector<SummaryRecord>& recor
       "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n"
       "<meta name=\"color-scheme\" content=\"light dark\">\n"
       "<title>KVLean end-to-end evaluation</title>\n<style>\n" +
-      chart_style(":root") + page_style + "</style>\n</head>\n<body>\n<main>\n";
+      chart::page_style() + own_style + "</style>\n</head>\n<body>\n<main>\n";
   html +=
       "<h1>KVLean end-to-end evaluation</h1>\n<p class=\"soft\">What compressing the KV cache does "
       "to what a model says: " +

@@ -5,16 +5,10 @@
 #include <string>
 #include <vector>
 
+#include "bench/chart/chart.hpp"
 #include "bench/quality/sweep.hpp"
 
 namespace kvlean::bench {
-
-/// Text safe inside HTML and SVG, attributes included.
-[[nodiscard]] std::string escaped(const std::string& text);
-
-/// Colours of a plot as CSS variables on `selector`, light by default and dark where the reader's
-/// system says so.
-[[nodiscard]] std::string plot_style(const std::string& selector);
 
 /// Ratio against error, both logarithmic, one line a policy and its label at the right end.
 struct Plot {
@@ -23,11 +17,8 @@ struct Plot {
   std::vector<std::string> policies;  ///< which of the records are drawn, in this order
 };
 
-/// The CSS colour of a policy, the same in every plot.
-[[nodiscard]] std::string colour_of(const std::string& policy);
-
-/// A small sample of a policy's line and marker, for tables.
-[[nodiscard]] std::string swatch_svg(const std::string& policy);
+/// How a policy is drawn, the same in every plot.
+[[nodiscard]] chart::Look look_of(const std::string& policy);
 
 /// Draws the records of `input` as an SVG element. A standalone one brings its own colours, light
 /// and dark, and a background. Empty if there is nothing to draw.

@@ -12,39 +12,14 @@
 namespace kvlean::bench {
 namespace {
 
-constexpr const char* page_style = R"css(
-*{box-sizing:border-box}
-html{color-scheme:light dark}
-body{margin:0;background:var(--page);color:var(--ink);
-  font:15px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}
-main{max-width:1180px;margin:0 auto;padding:28px 20px 60px}
-h1{font-size:26px;line-height:1.25;margin:0 0 4px}
-h2{font-size:20px;margin:44px 0 10px;padding-top:14px;border-top:1px solid var(--grid)}
-h3{font-size:15.5px;margin:22px 0 8px}
-p{margin:8px 0;max-width:84ch}
-.soft{color:var(--soft)}
-code{font:13px/1.5 ui-monospace,'SF Mono',Menlo,Consolas,'DejaVu Sans Mono',monospace}
-.command{display:block;padding:10px 12px;margin:10px 0;border:1px solid var(--grid);
-  border-radius:8px;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere}
-dl{display:grid;grid-template-columns:max-content 1fr;gap:3px 18px;margin:12px 0}
-dt{color:var(--soft)}
-dd{margin:0;overflow-wrap:anywhere}
-.plot{display:block;width:100%;min-width:640px;max-width:980px;height:auto;margin:16px 0}
-.scroll{overflow-x:auto}
-table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:0 0 10px}
-th,td{padding:3px 12px 3px 0;text-align:right;white-space:nowrap}
-th{color:var(--soft);font-weight:500;border-bottom:1px solid var(--frame);vertical-align:bottom}
-td{border-bottom:1px solid var(--grid)}
-th:first-child,td:first-child,td.left,th.left{text-align:left}
-td.best{font-weight:700}
-td.wrap{white-space:normal}
-.swatch{vertical-align:-2px;margin-right:8px}
-.bar{display:inline-block;width:110px;height:9px;margin-left:10px;border-radius:2px;
-  background:var(--grid);vertical-align:0}
-.bar i{display:block;height:100%;border-radius:2px}
-.tables{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,720px),1fr));gap:0 36px}
-footer{margin-top:44px;color:var(--soft);font-size:13.5px}
-)css";
+using chart::escape;
+
+constexpr const char* own_style =
+    ".bar{display:inline-block;width:110px;height:9px;margin-left:10px;border-radius:2px;"
+    "background:var(--grid);vertical-align:0}\n"
+    ".bar i{display:block;height:100%;border-radius:2px}\n"
+    ".tables{display:grid;grid-template-columns:repeat(auto-fit,minmax(min(100%,720px),1fr));"
+    "gap:0 36px}\n";
 
 std::string percent(double fraction) {
   char text[32];
@@ -57,7 +32,7 @@ std::string term(const std::string& name, const std::string& value) {
 }
 
 std::string policy_cell(const std::string& policy) {
-  return "<td>" + swatch_svg(policy) + escaped(policy) + "</td>";
+  return "<td>" + chart::swatch(look_of(policy)) + escape(policy) + "</td>";
 }
 
 /// Error of every policy at every budget, best of each column in bold.
@@ -115,14 +90,14 @@ std::string budget_table(const std::vector<Record>& records, const std::string& 
   for (const Record& record : rows) {
     html += "<tr>" + policy_cell(record.policy);
     if (!record.skipped.empty()) {
-      html += "<td>–</td><td class=\"left soft\" colspan=\"7\">" + escaped(record.skipped) +
+      html += "<td>–</td><td class=\"left soft\" colspan=\"7\">" + escape(record.skipped) +
               "</td></tr>\n";
       continue;
     }
     const double share = largest > 0.0 ? record.attention_error / largest : 0.0;
     html += "<td>" + short_number(record.attention_error) + "</td>";
     html += "<td><span class=\"bar\"><i style=\"width:" + fixed_number(100.0 * share, 1) +
-            "%;background:" + colour_of(record.policy) + "\"></i></span></td>";
+            "%;background:" + chart::colour_of(look_of(record.policy)) + "\"></i></span></td>";
     for (const std::string& cell :
          {short_number(record.attention_error_p95), short_number(record.lost_mass),
           fixed_number(record.compression_ratio, 2) + "×",
@@ -145,10 +120,10 @@ std::string input_section(const RunFacts& facts, const std::vector<Record>& reco
     layers += (layers.empty() ? "" : ", ") + std::to_string(each.index);
   }
   if (capture.num_layers) layers += " of " + std::to_string(*capture.num_layers);
-  std::string html = "<h2>" + escaped(input.name) + "</h2>\n<dl>\n";
-  html += term("model", escaped(capture.model));
-  html += term("licence", escaped(capture.licence));
-  html += term("text", escaped(capture.text));
+  std::string html = "<h2>" + escape(input.name) + "</h2>\n<dl>\n";
+  html += term("model", escape(capture.model));
+  html += term("licence", escape(capture.licence));
+  html += term("text", escape(capture.text));
   html += term("layers", layers);
   html += term("heads", std::to_string(layer.query_heads()) + " query, " +
                             std::to_string(layer.kv_heads()) + " KV, width " +
@@ -205,7 +180,7 @@ std::string explanations(const RunFacts& facts) {
       "<th class=\"left\">what it does</th></tr></thead><tbody>\n";
   for (const BenchPolicy& entry : options.policies) {
     html += "<tr>" + policy_cell(entry.name) + "<td class=\"left wrap\">" +
-            escaped(entry.description) + "</td></tr>\n";
+            escape(entry.description) + "</td></tr>\n";
   }
   return html + "</tbody></table></div>\n";
 }
@@ -218,7 +193,7 @@ std::string to_html(const RunFacts& facts, const std::vector<Record>& records) {
       "<meta name=\"viewport\" content=\"width=device-width,initial-scale=1\">\n"
       "<meta name=\"color-scheme\" content=\"light dark\">\n"
       "<title>KVLean quality sweep</title>\n<style>\n" +
-      plot_style(":root") + page_style + "</style>\n</head>\n<body>\n<main>\n";
+      chart::page_style() + own_style + "</style>\n</head>\n<body>\n<main>\n";
   html +=
       "<h1>KVLean quality sweep</h1>\n<p class=\"soft\">What compressing the KV cache does to "
       "attention: " +
@@ -226,9 +201,9 @@ std::string to_html(const RunFacts& facts, const std::vector<Record>& records) {
       std::to_string(facts.options.budgets.size()) + " budgets on " +
       std::to_string(facts.inputs.size()) +
       (facts.inputs.size() == 1 ? " input.</p>\n" : " inputs.</p>\n");
-  html += "<code class=\"command\">" + escaped(facts.command) + "</code>\n<dl>\n";
-  html += term("date", escaped(facts.date));
-  html += term("version", "KVLean " + escaped(facts.version) + ", " + escaped(facts.compiler));
+  html += "<code class=\"command\">" + escape(facts.command) + "</code>\n<dl>\n";
+  html += term("date", escape(facts.date));
+  html += term("version", "KVLean " + escape(facts.version) + ", " + escape(facts.compiler));
   html += term("seed", std::to_string(facts.options.seed));
   html += term("time", fixed_number(facts.seconds, 1) + " s on " +
                            std::to_string(facts.options.threads) +

@@ -19,7 +19,7 @@
 #include <utility>
 #include <vector>
 
-#include "bench/eval/chart.hpp"
+#include "bench/chart/chart.hpp"
 #include "bench/eval/items.hpp"
 #include "bench/eval/metrics.hpp"
 #include "bench/eval/progress.hpp"
@@ -32,6 +32,7 @@
 #include "bench/eval/words.hpp"
 #include "tests/support/catch.hpp"
 
+namespace chart = kvlean::chart;
 namespace eval = kvlean::eval;
 namespace fs = std::filesystem;
 
@@ -1037,13 +1038,14 @@ TEST_CASE("The report draws curves and heat maps, and is one page without script
 }
 
 TEST_CASE("Charts leave out what has no place on a logarithmic axis") {
-  eval::Chart chart;
-  chart.log_x = chart.log_y = true;
-  chart.lines = {{"zero", 0, {{2.0, 0.0, {}, {}, {}}}}};
-  CHECK(eval::to_svg(chart, false).empty());
-  chart.lines.push_back({"one", 1, {{2.0, 0.5, -0.1, 0.9, {}}, {4.0, 1.0, {}, {}, {}}}});
-  chart.levels = {{"floor", 0.0, {}}, {"level", 0.1, 3.0}};
-  const std::string svg = eval::to_svg(chart, false);
+  chart::Chart plot;
+  plot.log_x = plot.log_y = true;
+  plot.lines = {{"zero", {}, {{2.0, 0.0, {}, {}, {}}}}};
+  CHECK(chart::to_svg(plot, false).empty());
+  plot.lines.push_back(
+      {"one", chart::Look::nth(1), {{2.0, 0.5, -0.1, 0.9, {}}, {4.0, 1.0, {}, {}, {}}}});
+  plot.levels = {{"floor", 0.0, {}}, {"level", 0.1, 3.0}};
+  const std::string svg = chart::to_svg(plot, false);
   CHECK(svg.find(">zero<") == std::string::npos);
   CHECK(svg.find(">floor<") == std::string::npos);
   CHECK_THAT(svg, ContainsSubstring(">level<"));

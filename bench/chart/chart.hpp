@@ -7,9 +7,20 @@
 #include <string>
 #include <vector>
 
-// Charts as SVG elements that take their colours from CSS variables.
+// Charts as SVG elements that take their colours from CSS variables, and what the HTML reports
+// share.
 
-namespace kvlean::eval {
+namespace kvlean::chart {
+
+/// How a line is drawn: indices of the colours, markers and dashes, modulo how many there are.
+struct Look {
+  std::size_t colour = 0;
+  std::size_t marker = 0;
+  std::size_t dash = 0;
+
+  /// The looks of a list: all colours solid, then all of them dashed, ...
+  [[nodiscard]] static Look nth(std::size_t index);
+};
 
 struct ChartPoint {
   double x = 0.0;
@@ -21,7 +32,7 @@ struct ChartPoint {
 
 struct ChartLine {
   std::string name;
-  std::size_t look = 0;  ///< index of colour, marker and dash
+  Look look;
   std::vector<ChartPoint> points;
 };
 
@@ -59,6 +70,12 @@ struct HeatMap {
 /// says so, and the classes of the charts.
 [[nodiscard]] std::string chart_style(const std::string& selector);
 
+/// chart_style for a whole page, and how its text and tables look.
+[[nodiscard]] std::string page_style();
+
+/// The CSS colour of a look.
+[[nodiscard]] std::string colour_of(Look look);
+
 /// A standalone chart brings its style and a background. Empty if there is nothing to draw. Points
 /// that have no place on a logarithmic axis are left out.
 [[nodiscard]] std::string to_svg(const Chart& chart, bool standalone);
@@ -69,6 +86,6 @@ struct HeatMap {
                                  const std::vector<HeatMap>& maps, bool standalone);
 
 /// A small sample of a line, for tables.
-[[nodiscard]] std::string swatch(std::size_t look);
+[[nodiscard]] std::string swatch(Look look);
 
-}  // namespace kvlean::eval
+}  // namespace kvlean::chart

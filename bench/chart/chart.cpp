@@ -1,6 +1,6 @@
 // Copyright 2026 The KVLean Authors
 // SPDX-License-Identifier: Apache-2.0
-#include "bench/eval/chart.hpp"
+#include "bench/chart/chart.hpp"
 
 #include <algorithm>
 #include <cmath>
@@ -8,13 +8,12 @@
 #include <iterator>
 #include <limits>
 
-namespace kvlean::eval {
+namespace kvlean::chart {
 namespace {
 
-constexpr double width = 900.0;
+constexpr double plot_width = 590.0;
 constexpr double height = 500.0;
 constexpr double left = 78.0;
-constexpr double right = 232.0;  // room for the labels
 constexpr double top = 66.0;
 constexpr double bottom = 58.0;
 constexpr double label_gap = 18.0;
@@ -30,10 +29,6 @@ constexpr Colour palette[] = {
     {"#c92a2a", "#ff7d7d"}, {"#647f00", "#b4d43f"}, {"#8a5a20", "#d3a169"}, {"#1b1f26", "#f1f3f6"},
 };
 constexpr const char* dashes[] = {"", "7 4", "2 3.5", "9 3 2 3"};
-
-std::string colour(std::size_t look) {
-  return "var(--c" + std::to_string(look % std::size(palette)) + ")";
-}
 
 std::string number(double value) {
   char text[32];
@@ -56,43 +51,44 @@ std::string text_svg(double x, double y, const char* anchor, const std::string& 
          "\" class=\"" + classes + "\"" + extra + ">" + escape(text) + "</text>\n";
 }
 
-std::string stroke(std::size_t look, double thickness) {
-  std::string text =
-      " fill=\"none\" stroke=\"" + colour(look) + "\" stroke-width=\"" + number(thickness) + "\"";
-  const std::string dash = dashes[look / std::size(palette) % std::size(dashes)];
+std::string stroke(Look look, double thickness) {
+  std::string text = " fill=\"none\" stroke=\"" + colour_of(look) + "\" stroke-width=\"" +
+                     number(thickness) + "\"";
+  const std::string dash = dashes[look.dash % std::size(dashes)];
   if (!dash.empty()) text += " stroke-dasharray=\"" + dash + "\"";
   return text;
 }
 
 /// A marker of about 9 pixels around (x, y), with a tooltip if there is one.
-std::string marker(std::size_t look, double x, double y, const std::string& tooltip = {}) {
-  struct Offset {
-    double x, y;
+std::string marker(Look look, double x, double y, const std::string& tooltip = {}) {
+  struct Shape {
+    const char* element;
+    const char* path;  ///< from the centre; empty: a circle
+    bool is_open;
   };
-  static const std::vector<Offset> shapes[] = {
-      {},  // a circle
-      {{-3.7, -3.7}, {3.7, -3.7}, {3.7, 3.7}, {-3.7, 3.7}},
-      {{0, -4.9}, {4.7, 3.6}, {-4.7, 3.6}},
-      {{0, -5.4}, {4.7, 0}, {0, 5.4}, {-4.7, 0}},
-      {{0, 4.9}, {4.7, -3.6}, {-4.7, -3.6}},
+  static constexpr Shape shapes[] = {
+      {"circle", "", false},
+      {"path", "m-3.7 -3.7h7.4v7.4h-7.4z", false},                        // square
+      {"path", "m0 -4.9l4.7 8.5h-9.4z", false},                           // triangle
+      {"path", "m0 -5.4l4.7 5.4l-4.7 5.4l-4.7 -5.4z", false},             // diamond
+      {"path", "m0 4.9l4.7 -8.5h-9.4z", false},                           // upside down
+      {"path", "m-4 -4l8 8m0 -8l-8 8", true},                             // x
+      {"path", "m-5 0h10m-5 -5v10", true},                                // plus
+      {"path", "m-2 -4.8h4l2.8 2.8v4l-2.8 2.8h-4l-2.8 -2.8v-4z", false},  // octagon
   };
-  const std::vector<Offset>& shape = shapes[look % std::size(shapes)];
+  const Shape& shape = shapes[look.marker % std::size(shapes)];
   std::string svg;
-  std::string element = "circle";
-  if (shape.empty()) {
+  if (*shape.path == 0) {
     svg = "<circle cx=\"" + number(x) + "\" cy=\"" + number(y) + "\" r=\"4\"";
   } else {
-    element = "polygon";
-    svg = "<polygon points=\"";
-    for (const Offset& offset : shape) {
-      svg += number(x + offset.x) + "," + number(y + offset.y) + " ";
-    }
-    svg.back() = '"';
+    svg = "<path d=\"M" + number(x) + " " + number(y) + shape.path + "\"";
   }
   // A rim in the page's colour keeps markers apart where lines meet.
-  svg += " fill=\"" + colour(look) + "\" stroke=\"var(--page)\" stroke-width=\"1\"";
+  svg += shape.is_open
+             ? " fill=\"none\" stroke=\"" + colour_of(look) + "\" stroke-width=\"2.2\""
+             : " fill=\"" + colour_of(look) + "\" stroke=\"var(--page)\" stroke-width=\"1\"";
   if (tooltip.empty()) return svg + "/>";
-  return svg + "><title>" + escape(tooltip) + "</title></" + element + ">";
+  return svg + "><title>" + escape(tooltip) + "</title></" + shape.element + ">";
 }
 
 struct Axis {
@@ -160,25 +156,44 @@ Axis linear_axis(double low, double high, double from, double to) {
 /// A label at the right end, and where it wants to be and is.
 struct Label {
   std::string text;
-  std::optional<std::size_t> look;
+  std::optional<Look> look;
   double end_x = 0.0;
   double end_y = 0.0;
   double y = 0.0;
 };
 
-/// Moves labels apart downwards, then back up from the bottom.
+/// Moves labels apart as little as possible, within [low, high]: neighbours that are too close form
+/// a block, which is centred where its labels want to be.
 void spread(std::vector<Label>& labels, double low, double high) {
   std::stable_sort(labels.begin(), labels.end(),
                    [](const Label& a, const Label& b) { return a.y < b.y; });
-  double least = low;
-  for (Label& label : labels) {
-    label.y = std::max(label.y, least);
-    least = label.y + label_gap;
+  struct Block {
+    double sum;  // of wanted places, each less its offset in the block
+    std::size_t count;
+    double start(double l, double h) const {
+      const double span = label_gap * static_cast<double>(count - 1);
+      return std::clamp(sum / static_cast<double>(count), l, std::max(l, h - span));
+    }
+  };
+  std::vector<Block> blocks;
+  for (const Label& label : labels) {
+    blocks.push_back({label.y, 1});
+    while (blocks.size() > 1) {
+      Block& last = blocks[blocks.size() - 1];
+      Block& before = blocks[blocks.size() - 2];
+      const double offset = label_gap * static_cast<double>(before.count);
+      if (last.start(low, high) >= before.start(low, high) + offset) break;
+      before.sum += last.sum - offset * static_cast<double>(last.count);
+      before.count += last.count;
+      blocks.pop_back();
+    }
   }
-  double most = high;
-  for (std::size_t i = labels.size(); i-- > 0;) {
-    labels[i].y = std::min(labels[i].y, most);
-    most = labels[i].y - label_gap;
+  std::size_t i = 0;
+  for (const Block& block : blocks) {
+    const double start = block.start(low, high);
+    for (std::size_t j = 0; j < block.count; ++j) {
+      labels[i++].y = start + label_gap * static_cast<double>(j);
+    }
   }
 }
 
@@ -195,6 +210,14 @@ std::string open_svg(double w, double h, const std::string& title, bool standalo
 }
 
 }  // namespace
+
+Look Look::nth(std::size_t index) {
+  return {index % std::size(palette), index, index / std::size(palette)};
+}
+
+std::string colour_of(Look look) {
+  return "var(--c" + std::to_string(look.colour % std::size(palette)) + ")";
+}
 
 std::string escape(const std::string& text) {
   std::string result;
@@ -244,7 +267,40 @@ std::string chart_style(const std::string& selector) {
          ".chart .leader{fill:none;opacity:.5}\n";
 }
 
-std::string swatch(std::size_t look) {
+std::string page_style() {
+  return chart_style(":root") + R"css(*{box-sizing:border-box}
+html{color-scheme:light dark}
+body{margin:0;background:var(--page);color:var(--ink);
+  font:15px/1.5 system-ui,-apple-system,'Segoe UI',Roboto,'DejaVu Sans',sans-serif}
+main{max-width:1180px;margin:0 auto;padding:28px 20px 60px}
+h1{font-size:26px;line-height:1.25;margin:0 0 4px}
+h2{font-size:20px;margin:44px 0 10px;padding-top:14px;border-top:1px solid var(--grid)}
+h3{font-size:16px;margin:28px 0 6px}
+h4{font-size:14px;margin:18px 0 4px;color:var(--soft)}
+p{margin:8px 0;max-width:84ch}
+.soft{color:var(--soft)}
+code{font:13px/1.5 ui-monospace,'SF Mono',Menlo,Consolas,'DejaVu Sans Mono',monospace}
+.command{display:block;padding:10px 12px;margin:10px 0;border:1px solid var(--grid);
+  border-radius:8px;overflow-x:auto;white-space:pre-wrap;overflow-wrap:anywhere}
+dl{display:grid;grid-template-columns:max-content 1fr;gap:3px 18px;margin:12px 0}
+dt{color:var(--soft)}
+dd{margin:0;overflow-wrap:anywhere}
+.chart{display:block;width:100%;min-width:640px;max-width:1060px;height:auto;margin:16px 0}
+.scroll{overflow-x:auto}
+table{border-collapse:collapse;font-variant-numeric:tabular-nums;margin:0 0 10px}
+th,td{padding:3px 14px 3px 0;text-align:right;white-space:nowrap}
+th{color:var(--soft);font-weight:500;border-bottom:1px solid var(--frame);vertical-align:bottom}
+td{border-bottom:1px solid var(--grid)}
+th:first-child,td:first-child,td.left,th.left{text-align:left}
+td small{color:var(--soft)}
+td.best{font-weight:700}
+td.wrap{white-space:normal}
+.swatch{vertical-align:-2px;margin-right:8px}
+footer{margin-top:44px;color:var(--soft);font-size:13.5px}
+)css";
+}
+
+std::string swatch(Look look) {
   return "<svg class=\"swatch\" width=\"34\" height=\"14\" viewBox=\"0 0 34 14\" "
          "aria-hidden=\"true\"><path d=\"M1 7H33\"" +
          stroke(look, 2.0) + "/>" + marker(look, 17, 7) + "</svg>";
@@ -278,10 +334,15 @@ std::string to_svg(const Chart& chart, bool standalone) {
     low_y = std::min(low_y, level.y);
     high_y = std::max(high_y, level.y);
   }
-  const Axis x = chart.log_x ? log_axis(low_x, high_x, left, width - right)
-                             : linear_axis(low_x, high_x, left, width - right);
+  const Axis x = chart.log_x ? log_axis(low_x, high_x, left, left + plot_width)
+                             : linear_axis(low_x, high_x, left, left + plot_width);
   const Axis y = chart.log_y ? log_axis(low_y, high_y, height - bottom, top)
                              : linear_axis(low_y, high_y, height - bottom, top);
+
+  std::size_t longest = 22;  // characters of a label, of about 7.3 pixels
+  for (const ChartLine& line : lines) longest = std::max(longest, line.name.size());
+  for (const ChartLevel& level : chart.levels) longest = std::max(longest, level.name.size());
+  const double width = x.to + 44.0 + 7.3 * static_cast<double>(longest);
 
   std::string svg = open_svg(width, height, chart.title, standalone);
   svg += text_svg(left, 28, "start", "title", chart.title);
@@ -329,7 +390,7 @@ std::string to_svg(const Chart& chart, bool standalone) {
       const double high = std::min(*point.high, y.high);
       if (!(low < high)) continue;
       svg += "<path d=\"M" + number(at_x) + " " + number(y.place(low)) + "V" +
-             number(y.place(high)) + "\" stroke=\"" + colour(line.look) +
+             number(y.place(high)) + "\" stroke=\"" + colour_of(line.look) +
              "\" stroke-width=\"1.3\" opacity=\".55\"/>\n";
     }
     svg += "<path d=\"" + path + "\"" + stroke(line.look, 1.9) + " stroke-linejoin=\"round\"/>\n";
@@ -348,12 +409,12 @@ std::string to_svg(const Chart& chart, bool standalone) {
   for (const Label& label : labels) {
     const double start = label.look ? label.end_x + 8 : label.end_x + 2;
     svg += "<path class=\"leader\" stroke=\"" +
-           (label.look ? colour(*label.look) : std::string("var(--soft)")) + "\" d=\"M" +
+           (label.look ? colour_of(*label.look) : std::string("var(--soft)")) + "\" d=\"M" +
            number(start) + " " + number(label.end_y) + "L" + number(std::max(start, x.to + 4)) +
            " " + number(label.end_y) + "L" + number(text_x - 15) + " " + number(label.y) + "\"/>\n";
     if (label.look) svg += marker(*label.look, text_x - 7, label.y) + "\n";
     svg += text_svg(text_x + 2, label.y + 4.5, "start", label.look ? "label" : "tick", label.text,
-                    label.look ? " style=\"fill:" + colour(*label.look) + "\"" : std::string());
+                    label.look ? " style=\"fill:" + colour_of(*label.look) + "\"" : std::string());
   }
   return svg + "</svg>\n";
 }
@@ -422,4 +483,4 @@ std::string to_svg(const std::string& title, const std::string& subtitle,
   return svg + "</svg>\n";
 }
 
-}  // namespace kvlean::eval
+}  // namespace kvlean::chart
