@@ -904,6 +904,32 @@ TEST_CASE("the executor does not change a bit") {
   }
 }
 
+TEST_CASE("long heads are shared by workers within the workspace that is asked for") {
+  const Model model;
+  AnyPolicy policy;
+  REQUIRE(make_policy("streaming_llm", policy));
+  BudgetedOptions options = small_options(2600);
+  options.step_tokens = 500;
+  std::vector<std::vector<float>> outputs;
+  for (const bool parallel : {false, true}) {
+    if (parallel) options.plan.executor = odd_executor();
+    std::vector<std::byte> memory(
+        BudgetedCacheBase::workspace_bytes_required(model.shape, options));
+    Workspace workspace(memory);
+    BudgetedCache cache(policy);
+    REQUIRE(cache.allocate(model.shape, options));
+    Status status;
+    for (u32 t = 0; t < 2500; t += 500) {
+      run_step(cache, model, t, 500, workspace, status);
+      REQUIRE(status);
+      REQUIRE(cache.commit(workspace));
+    }
+    outputs.push_back(run_step(cache, model, 2500, 1, workspace, status));
+    REQUIRE(status);
+  }
+  REQUIRE(outputs[0] == outputs[1]);
+}
+
 TEST_CASE("calls that cannot work say why and change nothing") {
   Model model;
   BudgetedOptions options = small_options(12);

@@ -87,7 +87,7 @@ inline Status BudgetedCacheBase::attend(u32 layer_index, const Queries& queries,
     if (written.lse == nullptr) return workspace.exhausted();
   }
   KVLEAN_RETURN_IF_ERROR(
-      kvlean::attend(mine, layer(layer_index), spec(layer_index), written, executor()));
+      kvlean::attend(mine, layer(layer_index), spec(layer_index), written, workspace, executor()));
   mine.lse = written.lse;
   return record(layer_index, mine, {}, workspace);
 }
@@ -116,8 +116,9 @@ inline Status BudgetedCacheBase::attend(u32 layer_index, const Queries& queries,
   }
   AttentionSpec without_sinks = spec(layer_index);
   without_sinks.sink_logits = nullptr;
-  KVLEAN_RETURN_IF_ERROR(kvlean::attend(mine, prefix, without_sinks, part, executor()));
-  KVLEAN_RETURN_IF_ERROR(kvlean::attend(mine, own, spec(layer_index), written, executor()));
+  KVLEAN_RETURN_IF_ERROR(kvlean::attend(mine, prefix, without_sinks, part, workspace, executor()));
+  KVLEAN_RETURN_IF_ERROR(
+      kvlean::attend(mine, own, spec(layer_index), written, workspace, executor()));
   KVLEAN_RETURN_IF_ERROR(merge_parts(written, part, shape));
   mine.lse = written.lse;
   return record(layer_index, mine, {}, workspace);

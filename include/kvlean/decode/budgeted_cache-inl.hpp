@@ -95,7 +95,13 @@ inline std::size_t BudgetedCacheBase::workspace_bytes_required(const BudgetedSha
   // Views, observations and plans of the layers; new mass and observers, positions, shared terms.
   const std::size_t a_layer = sizeof(CacheView) + sizeof(Observation) + sizeof(CompressionPlan);
   const std::size_t queries = shape.query_heads * options.step_tokens;
-  return plan_bytes_required(plan) + plan_bytes_required(scratch) + shape.layers * a_layer +
+  // What attend() takes where it cuts long segments: 32 parts of each tile of few rows.
+  const bool all_few = std::max(shape.key_dim, shape.value_dim) > 256;
+  const std::size_t rows = all_few ? queries : shape.kv_heads * simd::few_rows;
+  const std::size_t parts =
+      scratch.workers == 1 ? 0
+                           : rows * (128 * shape.value_dim + 512) + (queries + shape.kv_heads) * 64;
+  return parts + plan_bytes_required(plan) + plan_bytes_required(scratch) + shape.layers * a_layer +
          slots * 4 * sizeof(float) + longest * sizeof(u32) + options.window * sizeof(i32) +
          queries * (shape.value_dim + 3) * sizeof(float) + 64 * Workspace::alignment;
 }

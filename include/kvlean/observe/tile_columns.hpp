@@ -89,7 +89,7 @@ class TileGroup {
 
  private:
   static constexpr u32 tile_tokens = 16;
-  static constexpr u32 tiles_ahead = 4;
+  static constexpr u32 tiles_ahead = 16;
 
   [[nodiscard]] simd::LaneLogits logits(u32 first) noexcept {
     return lane_logits(cache_, spec_, group_, first, keys_.tokens, bounds_);
@@ -103,15 +103,31 @@ class TileGroup {
     set_shifts(largest, group_);
   }
 
-  /// The row of a tile that can be read where it lies, or null.
-  [[nodiscard]] const std::byte* tile_in_place(u32 token) const noexcept {
+  /// Whether rows can be tiles where they lie, as far as all have that in common.
+  [[nodiscard]] bool in_place() const noexcept {
     const Rows& keys = cache_.keys;
-    if (!is_contiguous_row(keys) || keys.dtype != DType::bf16 || keys.width % 32 != 0 ||
-        keys.token_stride % 32 != 0 || straight_tokens(keys, token, tile_tokens) != tile_tokens) {
-      return nullptr;
+    return is_contiguous_row(keys) && keys.dtype == DType::bf16 && keys.width % 32 == 0 &&
+           keys.token_stride % 32 == 0;
+  }
+  /// Points tile_[tile] and on at tiles from `token` on that can be read where they lie: up to
+  /// `most`, no further than `tokens` reach. Returns how many.
+  u32 point_at_tiles(u32 token, u32 tokens, u32 most, u32 tile) noexcept {
+    if (!in_place()) return 0;
+    const i64 stride = cache_.keys.token_stride * 2;
+    u32 count = 0;
+    while (count < most && tokens >= tile_tokens) {
+      const u32 whole = std::min(tokens / tile_tokens, most - count) * tile_tokens;
+      const u32 run = straight_tokens(cache_.keys, token, whole) / tile_tokens;
+      const std::byte* at = row_address(cache_.keys, group_.segment, token);
+      if (run == 0 || reinterpret_cast<std::uintptr_t>(at) % 64 != 0) break;
+      for (u32 i = 0; i < run; ++i, ++count, at += stride * tile_tokens) {
+        tile_[tile + count] = at;
+        stride_[tile + count] = stride;
+      }
+      token += run * tile_tokens;
+      tokens -= run * tile_tokens;
     }
-    const std::byte* at = row_address(keys, group_.segment, token);
-    return reinterpret_cast<std::uintptr_t>(at) % 64 == 0 ? at : nullptr;
+    return count;
   }
   void pack_tile(u32 token, u32 count, std::byte* to) noexcept {
     const Rows& keys = cache_.keys;
@@ -134,32 +150,31 @@ class TileGroup {
   /// Calls body(first token) with keys_ set to runs of tokens that cover `range`.
   template <class Body>
   void for_each_run(TokenRange range, Body&& body) noexcept {
-    const i64 direct_stride = cache_.keys.token_stride * 2;
     const i64 packed_stride = i64{rows_.steps} * 64;
+    u32 known = 0;  // tiles of this run that the run before has pointed at
     for (u32 first = range.begin; first < range.end; first += simd::tile_keys_limit) {
+      const u32 left = range.end - first;
       keys_.tile = tile_;
       keys_.stride = stride_;
-      keys_.tokens = std::min(simd::tile_keys_limit, range.end - first);
-      keys_.ahead = 0;
-      u32 tile = 0;
-      for (u32 t = 0; t < keys_.tokens; t += tile_tokens, ++tile) {
-        const u32 count = std::min(tile_tokens, keys_.tokens - t);
-        tile_[tile] = count == tile_tokens ? tile_in_place(first + t) : nullptr;
-        stride_[tile] = direct_stride;
-        if (tile_[tile] != nullptr) continue;
+      keys_.tokens = std::min(simd::tile_keys_limit, left);
+      const u32 tiles = (keys_.tokens + tile_tokens - 1) / tile_tokens;
+      for (u32 tile = known; tile < tiles; ++tile) {
+        const u32 t = tile * tile_tokens;
+        const u32 more = point_at_tiles(first + t, keys_.tokens - t, tiles - tile, tile);
+        if (more != 0) {
+          tile += more - 1;
+          continue;
+        }
         std::byte* to = key_bytes_ + static_cast<i64>(t) * packed_stride;
-        pack_tile(first + t, count, to);
+        pack_tile(first + t, std::min(tile_tokens, keys_.tokens - t), to);
         tile_[tile] = to;
         stride_[tile] = packed_stride;
       }
-      for (u32 t = keys_.tokens; keys_.ahead < tiles_ahead && range.end - first >= t + tile_tokens;
-           t += tile_tokens) {
-        tile_[tile + keys_.ahead] = tile_in_place(first + t);
-        stride_[tile + keys_.ahead] = direct_stride;
-        if (tile_[tile + keys_.ahead] == nullptr) break;
-        ++keys_.ahead;
-      }
+      keys_.ahead = point_at_tiles(first + keys_.tokens, left - keys_.tokens, tiles_ahead, tiles);
       body(first);
+      known = keys_.ahead;
+      std::copy_n(tile_ + tiles, known, tile_);
+      std::copy_n(stride_ + tiles, known, stride_);
     }
   }
 

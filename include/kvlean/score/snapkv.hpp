@@ -96,6 +96,10 @@ struct SnapKVScorer {
     const bool pool_rows =
         order == PoolOrder::pool_query_mean_group && pooling == Pooling::max && kernel > 1;
     const u32 first_head = s * sums.heads;
+    if (is_linear()) {
+      score_sum(cache, s, queries, read, spec, scratch, sums, scores);
+      return;
+    }
     const float scale = 1.0f / static_cast<float>(read);
     std::fill_n(sums.floats, 2 * sums.heads * sums.stride, 0.0f);
     const auto sum_of = [&](u32 head) noexcept { return sums.sum(head - first_head); };
@@ -126,6 +130,29 @@ struct SnapKVScorer {
     } else {
       sums.reduce(sums.pooled(0), group, prefix, rank);
     }
+    std::copy(mass + prefix, mass + length, rank + prefix);
+  }
+
+  /// Whether the sum of all rows of a group is enough to score it.
+  [[nodiscard]] bool is_linear() const noexcept {
+    const bool pools_sum =
+        pooling == Pooling::average || kernel == 1 || order == PoolOrder::query_mean_group_pool;
+    return pools_sum && group != GroupReduction::max;
+  }
+  /// The same then: heads are added up first, and pooled once.
+  void score_sum(const CacheView& cache, u32 s, const Queries& queries, u32 read,
+                 const AttentionSpec& spec, const AttentionScratch& scratch, const Sums& sums,
+                 Scores& scores) const noexcept {
+    const u32 length = cache.length(s);
+    const u32 prefix = length - std::min(read, length);
+    const u32 rows = read * (group == GroupReduction::mean ? sums.heads : 1);
+    float* mass = scores.mass.segment(s);
+    float* rank = scores.rank.segment(s);
+    std::fill_n(mass, length, 0.0f);
+    detail::accumulate_segment(cache, s, queries, spec, queries.count - read, queries.count,
+                               scratch, [&](u32) noexcept { return mass; });
+    simd::attention_kernels().scale(mass, length, 1.0f / static_cast<float>(rows));
+    pool_scores(mass, prefix, kernel, pooling, rank);
     std::copy(mass + prefix, mass + length, rank + prefix);
   }
 

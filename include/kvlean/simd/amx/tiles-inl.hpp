@@ -50,29 +50,45 @@ inline void multiply_tiles() noexcept {
   __asm__ volatile("tdpbf16ps %%tmm%c2, %%tmm%c1, %%tmm%c0" : : "i"(sum), "i"(keys), "i"(queries));
 }
 
+/// What has to lie between two tile instructions where no vectors do: eight others or more. Where
+/// tiles follow each other at once, the same products were seen to take 250 ns, not 155, for most
+/// of the time on a shared host (and 60 in both forms now and then).
+inline void part_tiles() noexcept {
+  __asm__ volatile("nop\n\tnop\n\tnop\n\tnop\n\tnop\n\tnop\n\tnop\n\tnop");
+}
+
 /// Up to four steps of 16 keys.
 inline void load_keys(const std::byte* key, i64 stride, u32 steps) noexcept {
   load_tile<4>(key, stride);
+  part_tiles();
   if (steps > 1) load_tile<5>(key + 64, stride);
+  part_tiles();
   if (steps > 2) load_tile<6>(key + 128, stride);
+  part_tiles();
   if (steps > 3) load_tile<7>(key + 192, stride);
 }
 
-/// Adds one of those steps to the products with 16 query rows. A sum at a time and one tile of
-/// queries: where four sums take turns and keys are loaded between, the same work was seen to take
-/// 150 or 370 ns, for seconds on end; this order took 140.
+/// Adds one of those steps, times the queries in tile 2, to a sum.
 template <u32 sum>
-inline void multiply_step(const std::byte* packed, u32 step) noexcept {
-  load_tile<2>(packed, 64);
+inline void multiply_step(u32 step) noexcept {
   if (step == 0) multiply_tiles<sum, 4, 2>();
   if (step == 1) multiply_tiles<sum, 5, 2>();
   if (step == 2) multiply_tiles<sum, 6, 2>();
   if (step == 3) multiply_tiles<sum, 7, 2>();
 }
+template <u32 sum>
+inline void multiply_steps(const std::byte* packed, u32 steps) noexcept {
+  for (u32 i = 0; i < steps; ++i, packed += 2 * tile_bytes) {
+    load_tile<2>(packed, 64);
+    part_tiles();
+    multiply_step<sum>(i);
+    part_tiles();
+  }
+}
 
 enum class Pass : u8 { maxima, sums, columns };
 
-/// What vectors do to a block of products, a few tokens at a time.
+/// What vectors do to a block of products.
 struct Finish {
   float* x = nullptr;       // [16][32]
   u32 pair = 0;             // which rows
@@ -84,56 +100,126 @@ struct Finish {
   bool keep = false;   // columns: powers go back to x
 };
 
-// (a call would reload the polynomial for every two tokens)
-template <Pass pass, bool general, u32 count>
-[[gnu::always_inline]] inline void finish_tokens(const Finish& f, u32 from,
-                                                 const LaneLogits& logits) noexcept {
-  const u32 row = f.pair * lane_rows;
-  const Vector shift0 = pass == Pass::maxima ? zero() : load(logits.minus_shift + row);
-  const Vector shift1 = pass == Pass::maxima ? zero() : load(logits.minus_shift + row + lanes);
-  float* x = f.x + from * lane_rows;
-  Vector a[count];
-  Vector b[count];
-  KVLEAN_SIMD_UNROLL
-  for (u32 t = 0; t < count; ++t) {
-    const u32 token = f.first + from + t;
-    a[t] = lane_exponent<general>(x + t * lane_rows, row, token, logits, shift0);
-    b[t] = lane_exponent<general>(x + t * lane_rows + lanes, row + lanes, token, logits, shift1);
-    if (pass == Pass::maxima) continue;
-    a[t] = exponential2(a[t]);
-    b[t] = exponential2(b[t]);
+/// Does it, some tokens at a time. What all tokens share, and the rows' results, stay in registers.
+template <Pass pass, bool general>
+class Finisher {
+ public:
+  [[gnu::always_inline]] Finisher(const Finish& f, const LaneLogits& logits) noexcept
+      : f_(f), logits_(logits), row_(f.pair * lane_rows) {
+    shift0_ = shift1_ = zero();
+    weight0_ = weight1_ = zero();
+    if (f.x == nullptr) return;
+    if (pass != Pass::maxima) {
+      shift0_ = load(logits.minus_shift + row_);
+      shift1_ = load(logits.minus_shift + row_ + lanes);
+    }
+    if (pass == Pass::columns) {
+      weight0_ = load(f.weights + row_);
+      weight1_ = load(f.weights + row_ + lanes);
+      before_ = f.fresh ? 0 : 0xffff;
+    } else if (pass == Pass::maxima) {
+      weight0_ = load(f.result + row_);
+      weight1_ = load(f.result + row_ + lanes);
+    }
   }
-  if (pass == Pass::columns) {
-    if (f.keep) {
+  /// `count` tokens from t on, in eight steps that each take all of them: a processor looks only so
+  /// far ahead for work that does not wait. Calls between(i) after step i.
+  template <u32 count, class Between>
+  [[gnu::always_inline]] void tokens(u32 t, Between&& between) noexcept {
+    constexpr u32 n = 2 * count;
+    float* x = f_.x + t * lane_rows;
+    Vector y[n];
+    KVLEAN_SIMD_UNROLL
+    for (u32 i = 0; i < n; ++i) {
+      y[i] = lane_exponent<general>(x + i * lanes, row_ + i % 2 * lanes, f_.first + t + i / 2,
+                                    logits_, i % 2 == 0 ? shift0_ : shift1_);
+    }
+    stay<n>(y);
+    between(0);
+    if (pass == Pass::maxima) {
       KVLEAN_SIMD_UNROLL
-      for (u32 t = 0; t < count; ++t) {
-        store(a[t], x + t * lane_rows);
-        store(b[t], x + t * lane_rows + lanes);
+      for (u32 i = 0; i < n; i += 2) {
+        weight0_ = max(y[i], weight0_);
+        weight1_ = max(y[i + 1], weight1_);
+      }
+      for (u32 i = 1; i < 8; ++i) between(i);
+      return;
+    }
+    Vector whole[n];
+    Vector p[n];
+    KVLEAN_SIMD_UNROLL
+    for (u32 i = 0; i < n; ++i) y[i] = split_power(y[i], whole[i]);
+    stay<n>(y);
+    between(1);
+    KVLEAN_SIMD_UNROLL
+    for (u32 i = 0; i < n; ++i) p[i] = set1(power_polynomial[0]);
+    KVLEAN_SIMD_UNROLL
+    for (u32 degree = 1; degree < 6; ++degree) {
+      const Vector c = set1(power_polynomial[degree]);
+      KVLEAN_SIMD_UNROLL
+      for (u32 i = 0; i < n; ++i) p[i] = fma(p[i], y[i], c);
+      stay<n>(p);
+      between(1 + degree);
+    }
+    KVLEAN_SIMD_UNROLL
+    for (u32 i = 0; i < n; ++i) p[i] = scale_pow2(p[i], whole[i]);
+    stay<n>(p);
+    between(7);
+    if (pass == Pass::sums) {
+      KVLEAN_SIMD_UNROLL
+      for (u32 i = 0; i < n; i += 2) {
+        weight0_ = add(weight0_, p[i]);
+        weight1_ = add(weight1_, p[i + 1]);
       }
       return;
     }
-    const Vector weight0 = load(f.weights + row);
-    const Vector weight1 = load(f.weights + row + lanes);
-    float* sum = f.result + from * lanes;
-    KVLEAN_SIMD_UNROLL
-    for (u32 t = 0; t < count; ++t) {
-      Vector both = fma(a[t], weight0, mul(b[t], weight1));
-      if (!f.fresh) both = add(load(sum + t * lanes), both);
-      store(both, sum + t * lanes);
+    if (f_.keep) {
+      KVLEAN_SIMD_UNROLL
+      for (u32 i = 0; i < n; ++i) store(p[i], x + i * lanes);
+      return;
     }
-    return;
+    float* sum = f_.result + t * lanes;
+    KVLEAN_SIMD_UNROLL
+    for (u32 i = 0; i < n; i += 2) {
+      const Vector before{_mm512_maskz_loadu_ps(before_, sum + i / 2 * lanes)};
+      store(fma(p[i + 1], weight1_, fma(p[i], weight0_, before)), sum + i / 2 * lanes);
+    }
   }
-  float* result = f.result + row;
-  KVLEAN_SIMD_UNROLL
-  for (u32 t = 1; t < count; ++t) {
-    a[0] = pass == Pass::maxima ? max(a[t], a[0]) : add(a[0], a[t]);
-    b[0] = pass == Pass::maxima ? max(b[t], b[0]) : add(b[0], b[t]);
+  /// Tokens [from, to). Returns the next.
+  u32 until(u32 to, u32 from) noexcept {
+    for (; from + 2 <= to; from += 2) tokens<2>(from, [](u32) noexcept {});
+    if (from < to) tokens<1>(from++, [](u32) noexcept {});
+    return from;
   }
-  const Vector before0 = load(result);
-  const Vector before1 = load(result + lanes);
-  store(pass == Pass::maxima ? max(a[0], before0) : add(before0, a[0]), result);
-  store(pass == Pass::maxima ? max(b[0], before1) : add(before1, b[0]), result + lanes);
-}
+  /// Hands over the rows' results.
+  [[gnu::always_inline]] void close() noexcept {
+    if (pass == Pass::columns || f_.x == nullptr) return;
+    float* result = f_.result + row_;
+    if (pass == Pass::sums) {
+      weight0_ = add(load(result), weight0_);
+      weight1_ = add(load(result + lanes), weight1_);
+    }
+    store(weight0_, result);
+    store(weight1_, result + lanes);
+  }
+
+ private:
+  // Keeps what is computed before a tile instruction before it.
+  template <u32 n>
+  [[gnu::always_inline]] static void stay(Vector* a) noexcept {
+    if (n == 2) __asm__ volatile("" : "+v"(a[0].v), "+v"(a[1].v));
+    if (n == 4) __asm__ volatile("" : "+v"(a[0].v), "+v"(a[1].v), "+v"(a[2].v), "+v"(a[3].v));
+  }
+
+  const Finish& f_;
+  const LaneLogits& logits_;
+  u32 row_;
+  __mmask16 before_ = 0;
+  Vector shift0_;
+  Vector shift1_;
+  Vector weight0_;  // or the result
+  Vector weight1_;
+};
 
 /// Both vectors' quarters, added in twos: those of a in the lower half, of b in the upper.
 inline Vector add_quarters(Vector a, Vector b) noexcept {
@@ -181,6 +267,21 @@ inline void add_mixed_spans(const Finish& f, const PairSpans& own, const TileSpa
   }
 }
 
+/// Fetches a turn's share of the keys ahead, `turns` in all, into the second cache level. An eighth
+/// of the rows is begun with each in turn, as memory serves eight streams faster than one.
+/// (Always inlined: a call that only prefetches is dropped.)
+[[gnu::always_inline]] inline void fetch_keys(const TileKeys& keys, u32 blocks, u32 steps, u32 turn,
+                                              u32 turns) noexcept {
+  const u32 rows = keys.ahead * block_tokens;
+  const u32 share = (rows + turns - 1) / turns;
+  for (u32 n = turn * share; n < (turn + 1) * share && n < rows; ++n) {
+    const u32 row = n % 8 * (rows / 8) + n / 8;
+    const u32 tile = blocks + row / block_tokens;
+    const std::byte* at = keys.tile[tile] + keys.stride[tile] * (row % block_tokens);
+    for (u32 step = 0; step < steps; ++step) __builtin_prefetch(at + step * 64, 0, 2);
+  }
+}
+
 template <Pass pass, bool general>
 inline void run_tiles(const TileRows& rows, const TileKeys& keys, const LaneLogits& logits,
                       const float* weights, const TileSpan* spans, u32 span_count,
@@ -211,11 +312,7 @@ inline void run_tiles(const TileRows& rows, const TileKeys& keys, const LaneLogi
   const std::size_t step_bytes = std::size_t{2} * tile_bytes;
   const std::size_t term_bytes = steps * step_bytes;
   const auto close = [&]() noexcept {
-    if (before.x == nullptr) return;
-    if (before.tokens != block_tokens) {
-      for (u32 t = 0; t < before.tokens; ++t) finish_tokens<pass, general, 1>(before, t, logits);
-    }
-    if (pass != Pass::columns) return;
+    if (before.x == nullptr || pass != Pass::columns) return;
     const PairSpans& mine = own[before.pair];
     if (!mine.whole) {
       add_mixed_spans(before, mine, spans);
@@ -230,47 +327,46 @@ inline void run_tiles(const TileRows& rows, const TileKeys& keys, const LaneLogi
     const i64 stride = keys.stride[block];
     if (steps <= key_steps) load_keys(key, stride, steps);
     for (u32 pair = 0; pair < pairs; ++pair, turn ^= 1) {
-      if (block + 4 < blocks + keys.ahead) {
-        const std::byte* next = keys.tile[block + 4];
-        for (u32 t = block_tokens * pair / pairs; t < block_tokens * (pair + 1) / pairs; ++t) {
-          const std::byte* row = next + keys.stride[block + 4] * t;
-          for (u32 step = 0; step < steps; ++step) __builtin_prefetch(row + step * 64);
-        }
-      }
       clear_tile<0>();
+      fetch_keys(keys, blocks, steps, block * pairs + pair, blocks * pairs);
       clear_tile<1>();
       const std::byte* packed = rows.packed + pair * terms * term_bytes;
-      const bool finishes = before.tokens == block_tokens;
-      for (u32 step = 0; step < steps; step += key_steps) {
-        const u32 here = steps - step < key_steps ? steps - step : key_steps;
-        if (steps > key_steps) load_keys(key + step * 64, stride, here);
-        const std::byte* part = packed + step * step_bytes;
-        for (u32 term = 0; term < terms; ++term, part += term_bytes) {
-          if (finishes && here == key_steps && step == 0 && term == 0) {
-            // Turn by turn, so that vectors work while tiles do.
-            KVLEAN_SIMD_UNROLL
-            for (u32 i = 0; i < key_steps; ++i) {
-              multiply_step<0>(part + i * step_bytes, i);
-              finish_tokens<pass, general, 2>(before, 2 * i, logits);
-            }
-            KVLEAN_SIMD_UNROLL
-            for (u32 i = 0; i < key_steps; ++i) {
-              multiply_step<1>(part + i * step_bytes + tile_bytes, i);
-              finish_tokens<pass, general, 2>(before, 8 + 2 * i, logits);
-            }
-            continue;
-          }
-          for (u32 i = 0; i < here; ++i) multiply_step<0>(part + i * step_bytes, i);
-          for (u32 i = 0; i < here; ++i) multiply_step<1>(part + i * step_bytes + tile_bytes, i);
-          if (!finishes || step != 0 || term != 0) continue;
-          for (u32 t = 0; t < block_tokens; t += 4) {
-            finish_tokens<pass, general, 4>(before, t, logits);
+      float* x = products[turn];
+      Finisher<pass, general> finish(before, logits);
+      if (before.tokens == block_tokens && steps == key_steps && terms == 1) {
+        // Turn by turn: vectors work while tiles do.
+        KVLEAN_SIMD_UNROLL
+        for (u32 i = 0; i < key_steps; ++i) {
+          finish.template tokens<2>(2 * i, [&](u32 at) noexcept {
+            if (at == 0) load_tile<2>(packed + i * step_bytes, 64);
+            if (at == 4) multiply_step<0>(i);
+          });
+        }
+        KVLEAN_SIMD_UNROLL
+        for (u32 i = 0; i < key_steps; ++i) {
+          finish.template tokens<2>(8 + 2 * i, [&](u32 at) noexcept {
+            if (at == 0) load_tile<2>(packed + i * step_bytes + tile_bytes, 64);
+            if (at == 2 && i == 0) store_tile<0>(x);
+            if (at == 4) multiply_step<1>(i);
+          });
+        }
+      } else {
+        u32 token = 0;
+        for (u32 step = 0; step < steps; step += key_steps) {
+          const u32 here = steps - step < key_steps ? steps - step : key_steps;
+          if (steps > key_steps) load_keys(key + step * 64, stride, here);
+          const std::byte* part = packed + step * step_bytes;
+          for (u32 term = 0; term < terms; ++term, part += term_bytes) {
+            multiply_steps<0>(part, here);
+            token = finish.until(before.tokens / 2, token);
+            multiply_steps<1>(part + tile_bytes, here);
+            token = finish.until(before.tokens, token);
           }
         }
+        store_tile<0>(x);
       }
-      float* x = products[turn];
-      store_tile<0>(x);
       store_tile<1>(x + lanes);
+      finish.close();
       close();
       before.x = x;
       before.pair = pair;
@@ -284,9 +380,9 @@ inline void run_tiles(const TileRows& rows, const TileKeys& keys, const LaneLogi
       before.keep = !own[pair].whole;
     }
   }
-  if (before.tokens == block_tokens) {
-    for (u32 t = 0; t < block_tokens; t += 4) finish_tokens<pass, general, 4>(before, t, logits);
-  }
+  Finisher<pass, general> finish(before, logits);
+  finish.until(before.tokens, 0);
+  finish.close();
   close();
 }
 

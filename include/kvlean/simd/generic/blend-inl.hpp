@@ -18,22 +18,26 @@ inline void blend_block(ConstFloatRows weight, u32 used_rows, RowPointers values
       sum[r][c] = load(out.data + row * out.stride + column + c * lanes);
     }
   }
-  for (u32 t = 0; t < values.count;) {
-    prefetch_rows(ahead, t, ahead_from, ahead_to);
-    const u32 last = values.count - t < 4 ? values.count : t + 4;
-    for (; t < last; ++t) {
-      const E* value = reinterpret_cast<const E*>(values.row[t]) + column;
-      Vector v[vectors];
+  const auto add_value = [&](u32 t) noexcept {
+    const E* value = reinterpret_cast<const E*>(values.row[t]) + column;
+    Vector v[vectors];
+    KVLEAN_SIMD_UNROLL
+    for (u32 c = 0; c < vectors; ++c) v[c] = load(value + c * lanes);
+    KVLEAN_SIMD_UNROLL
+    for (u32 r = 0; r < rows; ++r) {
+      const Vector w = set1(weights[r][t]);
       KVLEAN_SIMD_UNROLL
-      for (u32 c = 0; c < vectors; ++c) v[c] = load(value + c * lanes);
-      KVLEAN_SIMD_UNROLL
-      for (u32 r = 0; r < rows; ++r) {
-        const Vector w = set1(weights[r][t]);
-        KVLEAN_SIMD_UNROLL
-        for (u32 c = 0; c < vectors; ++c) sum[r][c] = fma(w, v[c], sum[r][c]);
-      }
+      for (u32 c = 0; c < vectors; ++c) sum[r][c] = fma(w, v[c], sum[r][c]);
     }
+  };
+  u32 t = 0;
+  for (; t + 4 <= values.count; t += 4) {
+    prefetch_rows(ahead, t, ahead_from, ahead_to);
+    KVLEAN_SIMD_UNROLL
+    for (u32 i = 0; i < 4; ++i) add_value(t + i);
   }
+  if (t < values.count) prefetch_rows(ahead, t, ahead_from, ahead_to);
+  for (; t < values.count; ++t) add_value(t);
   KVLEAN_SIMD_UNROLL
   for (u32 r = 0; r < rows; ++r) {
     if (r >= used_rows) break;

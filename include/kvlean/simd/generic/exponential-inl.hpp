@@ -17,17 +17,18 @@ inline Vector exponential(Vector x) noexcept {
   return scale_pow2(add(fma(p, mul(r, r), r), set1(1.0f)), n);
 }
 
+/// A minimax polynomial of degree 5 for 2^x, x in [0, 1) (7.5e-8 relative): highest degree first.
+inline constexpr float power_polynomial[6] = {0x1.ec320ap-10f, 0x1.26900ep-7f, 0x1.c95446p-5f,
+                                              0x1.ebd5a8p-3f,  0x1.62e4f6p-1f, 0x1.fffffep-1f};
+
 /// 2^y. Within 2.5e-7 of the exact value, relative, wherever that is a normal float; a subnormal
-/// result is within two steps. 2^-inf is 0, 2^+inf and overflow are +inf, NaN stays NaN. A minimax
-/// polynomial of degree 5 for the fraction of y (7.5e-8 relative).
+/// result is within two steps. 2^-inf is 0, 2^+inf and overflow are +inf, NaN stays NaN.
 inline Vector exponential2(Vector y) noexcept {
   Vector whole;
   const Vector x = split_power(y, whole);
-  Vector p = fma(set1(0x1.ec320ap-10f), x, set1(0x1.26900ep-7f));
-  p = fma(p, x, set1(0x1.c95446p-5f));
-  p = fma(p, x, set1(0x1.ebd5a8p-3f));
-  p = fma(p, x, set1(0x1.62e4f6p-1f));
-  p = fma(p, x, set1(0x1.fffffep-1f));
+  Vector p = set1(power_polynomial[0]);
+  KVLEAN_SIMD_UNROLL
+  for (u32 i = 1; i < 6; ++i) p = fma(p, x, set1(power_polynomial[i]));
   return scale_pow2(p, whole);
 }
 

@@ -2,25 +2,37 @@
 // SPDX-License-Identifier: Apache-2.0
 // Query rows times key rows.
 
-/// Fetches bytes [from, to) of the four rows whose turn it is while rows [t, t + 4) are read.
+/// Fetches bytes [from, to) of the four rows whose turn it is while rows [t, t + 4) are read, into
+/// the second cache level: the first has fewer places for lines that are under way.
 /// Always inlined: to g++ a call that only prefetches does nothing, and is dropped.
 __attribute__((always_inline)) inline void prefetch_rows(const RowsAhead& ahead, u32 t, u32 from,
                                                          u32 to) noexcept {
-  const u32 eighth = (ahead.rows.count + 7) / 8;
-  const u32 n = ahead.begin + t;
-  const u32 first = n % 8 * eighth + n / 8;
+  const std::size_t eighth = (ahead.rows.count + 7) / 8;
+  const std::size_t n = ahead.begin + t;
   if (n >= 8 * eighth) return;
-  const u32 last = ahead.rows.count - 1;
-  const std::byte* const* row = ahead.rows.row;
-  const std::byte* a = row[first < last ? first : last];
-  const std::byte* b = row[first + eighth < last ? first + eighth : last];
-  const std::byte* c = row[first + 2 * eighth < last ? first + 2 * eighth : last];
-  const std::byte* d = row[first + 3 * eighth < last ? first + 3 * eighth : last];
+  const std::size_t first = n % 8 * eighth + n / 8;
+  const std::size_t last = ahead.rows.count - 1;
+  const auto row_at = [&ahead](std::size_t i) noexcept { return ahead.rows.row[i]; };
+  const std::byte* a;
+  const std::byte* b;
+  const std::byte* c;
+  const std::byte* d;
+  if (first + 3 * eighth <= last) {
+    a = row_at(first);
+    b = row_at(first + eighth);
+    c = row_at(first + 2 * eighth);
+    d = row_at(first + 3 * eighth);
+  } else {
+    a = row_at(first < last ? first : last);
+    b = row_at(first + eighth < last ? first + eighth : last);
+    c = row_at(first + 2 * eighth < last ? first + 2 * eighth : last);
+    d = row_at(last);
+  }
   for (u32 at = from; at < to; at += 64) {
-    __builtin_prefetch(a + at);
-    __builtin_prefetch(b + at);
-    __builtin_prefetch(c + at);
-    __builtin_prefetch(d + at);
+    __builtin_prefetch(a + at, 0, 2);
+    __builtin_prefetch(b + at, 0, 2);
+    __builtin_prefetch(c + at, 0, 2);
+    __builtin_prefetch(d + at, 0, 2);
   }
 }
 
