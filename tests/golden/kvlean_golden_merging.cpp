@@ -127,7 +127,7 @@ class KVMergerJudge {
     std::vector<float> cosine(tokens);
     detail::adjacent_cosines(run_.view().keys, head, tokens, cosine.data());
     std::vector<u8> marked(tokens);
-    std::vector<u64> keys(tokens);
+    std::vector<u64> keys(tokens + detail::ordering_room);
     const KVMergerCounts soft{static_cast<u32>(reducer_.recent_tokens),
                               static_cast<u32>(reducer_.heavy_tokens)};
     const float* score = &run_.mass(head, 0);

@@ -192,3 +192,207 @@ TEST_CASE("A sum may be written over its anchor, and NaN stays in its row", "[si
     }
   }
 }
+
+TEST_CASE("Distances of pairs have row_math's bits, whatever is prefetched", "[simd]") {
+  for_each_shape([](const simd::MergeKernels& kernels, DType dtype, u32 width, u32 count,
+                    const GuardedRows& all) {
+    std::vector<float> expected(count);
+    std::vector<float> seen(count);
+    for (u32 t = 0; t < count; ++t) {
+      expected[t] = row_math::squared_distance(all.row(t), all.row(t + 1), width);
+    }
+    for (const u32 ahead : {0u, 1u, count + 1}) {
+      kernels.pair_distances({all.rows().row, count}, {all.rows().row + 1, count}, dtype, width,
+                             {all.rows().row, ahead}, seen.data());
+      CHECK(same_bits(expected, seen));
+    }
+  });
+}
+
+TEST_CASE("Cosines, roots and Gaussians: the same bits on every target, near the exact ones",
+          "[simd]") {
+  constexpr float inf = std::numeric_limits<float>::infinity();
+  constexpr float nan = std::numeric_limits<float>::quiet_NaN();
+  std::mt19937 random(3);
+  std::uniform_real_distribution<float> uniform(0.0f, 20.0f);
+  for (u32 count = 0; count < 40; ++count) {
+    std::vector<float> squared(count + 1), product(count), width(count), distance(count);
+    for (float& x : squared) x = uniform(random);
+    for (u32 i = 0; i < count; ++i) {
+      product[i] = uniform(random) - 10.0f;
+      distance[i] = uniform(random);
+      width[i] = uniform(random);
+    }
+    if (count > 8) {
+      squared[2] = 0.0f;
+      squared[5] = nan;
+      squared[7] = inf;
+      width[1] = 0.0f;
+      distance[2] = 0.0f;
+      width[3] = 1e-4f;
+      distance[4] = nan;
+      distance[5] = 79.9f;
+      width[5] = 1.0f;
+      distance[6] = inf;
+    }
+    const GuardedBytes squared_at((count + 1) * sizeof(float));
+    const GuardedBytes out((count + 1) * sizeof(float));
+    std::memcpy(squared_at.last(), squared.data(), squared.size() * sizeof(float));
+    float* seen = reinterpret_cast<float*>(out.last()) + 1;
+    std::vector<float> scalar_seen;
+    for (const simd::Target target : targets()) {
+      CAPTURE(simd::name(target), count);
+      const simd::MergeKernels& kernels = simd::merge_kernels(target);
+      kernels.cosines(reinterpret_cast<const float*>(squared_at.last()), product.data(), count,
+                      seen);
+      for (u32 i = 0; i < count; ++i) {
+        const float scale = std::sqrt(squared[i]) * std::sqrt(squared[i + 1]);
+        const float expected = scale != 0.0f ? product[i] / scale : 0.0f;
+        CHECK((seen[i] == expected || (std::isnan(seen[i]) && std::isnan(expected))));
+      }
+      kernels.roots(distance.data(), count, seen);
+      for (u32 i = 0; i < count; ++i) {
+        const float expected = std::sqrt(distance[i]);
+        CHECK((seen[i] == expected || (std::isnan(seen[i]) && std::isnan(expected))));
+      }
+      kernels.gaussians(distance.data(), width.data(), count, seen);
+      for (u32 i = 0; i < count; ++i) {
+        if (width[i] == 0.0f) {
+          CHECK(seen[i] == 1.0f);
+          continue;
+        }
+        const double x = static_cast<double>(distance[i]) / static_cast<double>(width[i]);
+        if (std::isnan(x)) {
+          CHECK(std::isnan(seen[i]));
+        } else if (x > 80.0) {
+          CHECK(seen[i] == 0.0f);
+        } else {
+          CHECK(std::fabs(seen[i] - std::exp(-x)) <= 3.0 * 0x1p-24 * (1.0 + x) * std::exp(-x));
+        }
+      }
+      std::vector<float> bits(seen, seen + count);
+      for (float& x : bits) {
+        if (x != x) x = nan;  // its bits are anyone's
+      }
+      if (target == targets().front()) scalar_seen = bits;
+      CHECK(same_bits(scalar_seen, bits));
+    }
+  }
+}
+
+namespace {
+
+/// Slots over `tokens` tokens from `first` on: runs of one to `longest`, some anchors in the
+/// middle.
+struct RandomSlots {
+  std::vector<u32> anchor;
+  std::vector<u64> begin;
+  std::vector<u64> end;
+  std::vector<u32> token;
+  std::vector<float> self;
+  std::vector<float> weight;
+
+  RandomSlots(u32 first, u32 tokens, u32 longest, u32 seed) {
+    std::mt19937 random(seed);
+    for (u32 t = first; t < first + tokens;) {
+      const u32 members =
+          std::min<u32>(1 + static_cast<u32>(random() % longest), first + tokens - t);
+      const u32 pivot = t + static_cast<u32>(random() % members);
+      anchor.push_back(pivot);
+      begin.push_back(token.size());
+      for (u32 i = t; i < t + members; ++i) {
+        if (i == pivot) continue;
+        token.push_back(i);
+        weight.push_back(0.3f / static_cast<float>(1 + random() % 5));
+      }
+      end.push_back(token.size());
+      self.push_back(members == 1 && random() % 3 != 0 ? 1.0f : 0.6f);
+      t += members;
+    }
+  }
+  [[nodiscard]] simd::MergedSlots slots() const {
+    return {anchor.data(), begin.data(), end.data(), token.data()};
+  }
+};
+
+}  // namespace
+
+TEST_CASE("Slots are merged in place as one by one, K and V, streamed or not", "[simd]") {
+  struct Shape {
+    u32 tokens, longest;
+    bool pages;
+  };
+  constexpr Shape shapes[] = {
+      {1, 1, false}, {70, 1, false}, {150, 4, false}, {90, 3, true}, {700, 500, false}};
+  for (const DType dtype : dtypes) {
+    for (const u32 width : {5u, 32u, 64u, 131u}) {
+      for (const Shape& shape : shapes) {
+        const RandomSlots chosen(0, shape.tokens, shape.longest, width + shape.tokens);
+        const u32 count = static_cast<u32>(chosen.anchor.size());
+        const std::size_t bytes = width * size_bytes(dtype);
+        const GuardedRows all(shape.tokens, width, dtype, 3);
+        std::vector<i32> table(shape.tokens / 16 + 1);
+        for (u32 page = 0; page < table.size(); ++page) {
+          table[page] = static_cast<i32>(table.size() - 1 - page);
+        }
+        const auto places = [&](std::byte* data) {
+          simd::RowPlaces rows;
+          rows.data = data;
+          rows.stride = static_cast<i64>(bytes);
+          if (shape.pages) {
+            rows.page_table = table.data();
+            rows.page_stride = static_cast<i64>(16 * bytes);
+            rows.page_tokens = 16;
+            rows.page_shift = 4;
+          }
+          return rows;
+        };
+        for (const simd::Target target : targets()) {
+          const simd::MergeKernels& kernels = simd::merge_kernels(target);
+          for (const bool streams : {false, true}) {
+            if (streams && bytes % 64 != 0) continue;
+            CAPTURE(simd::name(target), name(dtype), width, shape.tokens, streams);
+            const std::size_t room = table.size() * 16 * bytes;
+            GuardedBytes memory[2] = {GuardedBytes(room), GuardedBytes(room)};
+            simd::MergedRows rows[2];
+            for (u32 r = 0; r < 2; ++r) {
+              rows[r].from = rows[r].to = places(streams ? memory[r].first() : memory[r].last());
+              for (u32 t = 0; t < shape.tokens; ++t) {
+                std::memcpy(rows[r].from.at(t), all.rows().row[t], bytes);
+              }
+              rows[r].dtype = dtype;
+              rows[r].width = width;
+              rows[r].self = chosen.self.data();
+              rows[r].weight = chosen.weight.data();
+              rows[r].ahead = {all.rows().row, r * shape.tokens};
+            }
+            rows[0].blends = shape.tokens != 150;
+            kernels.merge(rows, 2, chosen.slots(), 0, count / 2, 0, streams);
+            kernels.merge(rows, 2, chosen.slots(), count / 2, count, count / 2, streams);
+            kernels.stream_end();
+            std::vector<std::byte> expected(bytes);
+            for (u32 j = 0; j < count; ++j) {
+              for (u32 r = 0; r < 2; ++r) {
+                std::vector<const std::byte*> terms;
+                for (u64 t = chosen.begin[j]; t < chosen.end[j] && rows[r].blends; ++t) {
+                  terms.push_back(all.rows().row[chosen.token[t]]);
+                }
+                const float self = rows[r].blends ? chosen.self[j] : 1.0f;
+                std::memcpy(expected.data(), all.rows().row[chosen.anchor[j]], bytes);
+                if (!terms.empty() || self != 1.0f) {
+                  simd::merge_kernels(simd::Target::scalar)
+                      .weigh({all.rows().row[chosen.anchor[j]],
+                              self,
+                              {terms.data(), static_cast<u32>(terms.size())},
+                              chosen.weight.data() + chosen.begin[j]},
+                             dtype, width, false, false, expected.data());
+                }
+                REQUIRE(std::memcmp(expected.data(), rows[r].to.at(j), bytes) == 0);
+              }
+            }
+          }
+        }
+      }
+    }
+  }
+}

@@ -2,8 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "kvlean/apply/fold.hpp"
-#include "kvlean/apply/move_rows.hpp"
+#include "kvlean/apply/merge_rows.hpp"
 #include "kvlean/core/executor.hpp"
 #include "kvlean/core/ragged_kv_cache.hpp"
 
@@ -184,11 +183,13 @@ void adopt_length(KVCache<K, V>& cache, const CacheView& view) noexcept {
   KVLEAN_RETURN_IF_ERROR(detail::check_cache_can_hold(plan, cache));
   const detail::KeyRotation rotation(plan, cache);
   const bool turns = detail::turns_while_moving(plan, cache.keys, cache.keys, cache);
+  const bool merges = detail::merges_rows(plan, cache);
   parallel_for(executor, plan.segments, [&](u32, u32 s) noexcept {
     if (turns) {
       detail::turn_and_compact_segment(plan, cache, rotation, s);
       return;
     }
+    if (merges && detail::merge_segment(plan, cache, s)) return;
     detail::fold_segment(plan, cache, rotation, s);
     detail::compact_segment(cache.keys, cache.values, s, cache.length(s),
                             plan.anchor + plan.first[s], plan.length[s]);

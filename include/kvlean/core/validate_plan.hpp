@@ -3,6 +3,7 @@
 #pragma once
 
 #include <algorithm>
+#include <bit>
 #include <cmath>
 
 #include "kvlean/core/kv_cache.hpp"
@@ -107,32 +108,50 @@ class AnchorSearch {
   return StatusCode::ok;
 }
 
+/// Whether all of `count` numbers are finite. No branch: compilers vectorise it.
+[[nodiscard]] inline bool all_finite(const float* values, u32 count) noexcept {
+  constexpr u32 exponent = 0x7f800000u;
+  u32 broken = 0;
+  for (u32 i = 0; i < count; ++i) {
+    broken |= (std::bit_cast<u32>(values[i]) & exponent) == exponent ? 1u : 0u;
+  }
+  return broken == 0;
+}
+/// Whether each number is above the one before.
+template <class T>
+[[nodiscard]] bool ascends(const T* values, u32 count) noexcept {
+  u32 broken = 0;
+  for (u32 i = 1; i < count; ++i) broken |= values[i] <= values[i - 1] ? 1u : 0u;
+  return broken == 0;
+}
+
 [[nodiscard]] inline Status check_plan_slots(const CompressionPlan& plan, const CacheView& cache,
                                              u32 s) noexcept {
-  const auto finite = [](const float* values, u64 i) noexcept {
-    return values == nullptr || std::isfinite(values[i]);
+  const u32 count = plan.length[s];
+  const u64 first = plan.first[s];
+  if (count == 0) return StatusCode::ok;
+  const auto finite = [=](const float* values) noexcept {
+    return values == nullptr || all_finite(values + first, count);
   };
-  for (u32 j = 0; j < plan.length[s]; ++j) {
-    const u64 slot = plan.first[s] + j;
-    if (plan.anchor[slot] >= cache.length(s)) return StatusCode::invalid_plan;
-    if (j > 0 && plan.anchor[slot] <= plan.anchor[slot - 1]) return StatusCode::invalid_plan;
-    if (plan.position != nullptr && j > 0 && plan.position[slot] <= plan.position[slot - 1]) {
-      return StatusCode::invalid_plan;
+  bool good =
+      plan.anchor[first + count - 1] < cache.length(s) && ascends(plan.anchor + first, count);
+  good = good && (plan.position == nullptr || ascends(plan.position + first, count));
+  good =
+      good && finite(plan.log_mass) && finite(plan.self_weight) && finite(plan.self_value_weight);
+  if (good && plan.has_terms()) {
+    u32 broken = 0;
+    for (u64 slot = first; slot < first + count; ++slot) {
+      const u64 end = plan.term_end[slot];
+      broken |= unsigned{plan.term_begin[slot] > end} | unsigned{end > plan.num_terms};
     }
-    if (!finite(plan.log_mass, slot) || !finite(plan.self_weight, slot) ||
-        !finite(plan.self_value_weight, slot)) {
-      return StatusCode::invalid_plan;
-    }
-    if (plan.has_terms() &&
-        (plan.term_begin[slot] > plan.term_end[slot] || plan.term_end[slot] > plan.num_terms)) {
-      return StatusCode::invalid_plan;
-    }
-    if ((plan.needs & needs_changed_values) == 0 && value_changes(plan, slot)) {
-      return StatusCode::invalid_plan;
-    }
+    good = broken == 0;
   }
-  if (plan.next_position >= 0 && plan.length[s] != 0 &&
-      slot_position(plan, cache, s, plan.first[s + 1] - 1) >= plan.next_position) {
+  if ((plan.needs & needs_changed_values) == 0) {
+    for (u64 slot = first; good && slot < first + count; ++slot) good = !value_changes(plan, slot);
+  }
+  if (!good) return StatusCode::invalid_plan;
+  if (plan.next_position >= 0 &&
+      slot_position(plan, cache, s, first + count - 1) >= plan.next_position) {
     return StatusCode::invalid_plan;
   }
   return StatusCode::ok;
@@ -152,8 +171,50 @@ class AnchorSearch {
   return StatusCode::ok;
 }
 
+/// Whether each new term of a slot lies between the anchors of the slots before and after it, as
+/// is usual, and nothing is wrong with it.
+[[nodiscard]] inline bool terms_are_near(const CompressionPlan& plan, const CacheView& cache,
+                                         u32 s) noexcept {
+  const bool weights = plan.term_weight != nullptr;
+  const bool values = plan.term_value_weight != nullptr;
+  if (plan.term_token == nullptr ||
+      (!weights && (!values || (plan.needs & needs_moved_keys) != 0))) {
+    return false;
+  }
+  const u64 last = plan.first[s + 1];
+  u64 seen_begin = 0;  // these were looked at
+  u64 seen = 0;
+  u32 from = cache.frozen;  // the lowest token that may come
+  u32 broken = 0;
+  for (u64 slot = plan.first[s]; slot < last; ++slot) {
+    u64 begin = plan.term_begin[slot];
+    const u64 end = plan.term_end[slot];
+    const u32 anchor = plan.anchor[slot];
+    const u32 next = slot + 1 < last ? plan.anchor[slot + 1] : cache.length(s);
+    if (begin != end) {
+      if (begin >= seen) {
+        seen_begin = begin;
+      } else if (begin < seen_begin) {
+        return false;
+      }
+      begin = std::min(std::max(begin, seen), end);
+      for (u64 term = begin; term < end; ++term) {
+        const u32 token = plan.term_token[term];
+        broken |= unsigned{token < from} | unsigned{token >= next} | unsigned{token == anchor};
+      }
+      const u32 count = static_cast<u32>(end - begin);
+      broken |= unsigned{weights && !all_finite(plan.term_weight + begin, count)};
+      broken |= unsigned{values && !all_finite(plan.term_value_weight + begin, count)};
+      seen = std::max(seen, end);
+    }
+    from = std::max(from, anchor + 1);
+  }
+  return broken == 0;
+}
+
 [[nodiscard]] inline Status check_plan_terms(const CompressionPlan& plan, const CacheView& cache,
                                              u32 s) noexcept {
+  if (terms_are_near(plan, cache, s)) return StatusCode::ok;
   AnchorSearch anchors(plan.anchor + plan.first[s], plan.length[s]);
   // Overlapping ranges mostly extend each other, so each term is looked at about once.
   u64 seen_begin = 0;

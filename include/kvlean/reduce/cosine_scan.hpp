@@ -3,7 +3,6 @@
 #pragma once
 
 #include <algorithm>
-#include <cmath>
 
 #include "kvlean/core/row_tile.hpp"
 #include "kvlean/simd/merge_kernels.hpp"
@@ -18,9 +17,8 @@ class CosineScan {
  public:
   static constexpr u32 tile = 32;
 
-  /// Prefetches `ahead` of the rows of the next tile; the caller may do so for the others.
-  CosineScan(const Rows& keys, u32 head, u32 length, u32 ahead = tile) noexcept
-      : keys_(keys), head_(head), length_(length), ahead_(ahead) {}
+  CosineScan(const Rows& keys, u32 head, u32 length) noexcept
+      : keys_(keys), head_(head), length_(length) {}
 
   /// Neighbours [begin, end): cosine[t - begin] is that of tokens t and t + 1.
   struct Pairs {
@@ -29,37 +27,34 @@ class CosineScan {
     const float* cosine = nullptr;
   };
   [[nodiscard]] bool done() const noexcept { return next_ == length_; }
-  [[nodiscard]] Pairs next() noexcept {
+  /// Rows of `ahead` are prefetched on the way.
+  [[nodiscard]] Pairs next(simd::RowPointers ahead) noexcept {
     const u32 first = next_;
-    const u32 count = read_tile();
-    for (u32 i = 0; i < count; ++i) {
-      norm_[i + 1] = std::sqrt(squared_[i]);
-      const float scale = norm_[i] * norm_[i + 1];
-      cosine_[i] = scale != 0.0f ? product_[i] / scale : 0.0f;
-    }
-    norm_[0] = norm_[count];
+    const u32 count = read_tile(ahead);
+    simd::merge_kernels().cosines(squared_, product_, count, cosine_);
+    squared_[0] = squared_[count];
     next_ += count;
     const u32 skip = first == 0 ? 1 : 0;  // the first token has none before it
     return {first + skip - 1, next_ - 1, cosine_ + skip};
   }
 
  private:
-  u32 read_tile() noexcept {
+  u32 read_tile(simd::RowPointers ahead) noexcept {
     const simd::MergeKernels& kernels = simd::merge_kernels();
     if (is_contiguous_row(keys_)) {
-      const std::byte* pointers[2 * tile];
+      const std::byte* pointers[tile];
       const u32 count = std::min(tile, length_ - next_);
-      const u32 ahead = std::min(ahead_, length_ - next_ - count);
-      static_cast<void>(point_at_rows(keys_, head_, next_, count + ahead, pointers));
-      kernels.neighbours(previous_, {pointers, count}, keys_.dtype, keys_.width,
-                         {pointers + count, ahead}, squared_, product_);
+      static_cast<void>(point_at_rows(keys_, head_, next_, count, pointers));
+      kernels.neighbours(previous_, {pointers, count}, keys_.dtype, keys_.width, ahead,
+                         squared_ + 1, product_);
       previous_ = pointers[count - 1];
       return count;
     }
     float* row = loaded_[next_ & 1];
     load_row(keys_, head_, next_, row);
     const std::byte* pointer = reinterpret_cast<const std::byte*>(row);
-    kernels.neighbours(previous_, {&pointer, 1}, DType::f32, keys_.width, {}, squared_, product_);
+    kernels.neighbours(previous_, {&pointer, 1}, DType::f32, keys_.width, {}, squared_ + 1,
+                       product_);
     previous_ = pointer;
     return 1;
   }
@@ -67,12 +62,10 @@ class CosineScan {
   const Rows& keys_;
   u32 head_;
   u32 length_;
-  u32 ahead_;
   u32 next_ = 0;
   const void* previous_ = nullptr;
-  float squared_[tile];
+  float squared_[tile + 1] = {};  // of the row before the tile, and of its rows
   float product_[tile];
-  float norm_[tile + 1] = {};
   float cosine_[tile];
   float loaded_[2][max_row_width];  // of rows that kernels can't read where they lie
 };

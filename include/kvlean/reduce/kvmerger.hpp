@@ -116,14 +116,20 @@ struct KVMergerReducer {
     return {sigma, fixed_sigma, log_mass};
   }
 
-  // Protects, lets link(wanted) link what may, evicts down to the limit. Returns the slots left.
+  // Keys of a worker to order a segment with.
+  static std::size_t order_size(u32 longest) noexcept {
+    return std::size_t{longest} + detail::ordering_room;
+  }
+
+  // Protects shares of `budget`, lets link(wanted) link what may, evicts down to the limit. Returns
+  // the slots left.
   template <class Link>
   u32 form_sets(KVMergerForm kind, const Context& context, const float* score, bool is_mass,
-                u32 length, u32 limit, u32 frozen, u8* state, const u8* linked, u64* order,
-                u32& evicted, Link&& link) const noexcept {
+                u32 length, u32 budget, u32 limit, u32 frozen, u8* state, const u8* linked,
+                u64* order, u32& evicted, Link&& link) const noexcept {
     evicted = 0;
     if (length == 0) return 0;
-    detail::mark_protected(soft_protection(length, limit), context.options.protection, frozen,
+    detail::mark_protected(soft_protection(length, budget), context.options.protection, frozen,
                            score, length, limit, state, order);
     const bool limited = kind == KVMergerForm::slots || enforce_limit;
     const u32 excess = limited ? length - std::min(limit, length) : 0;
@@ -147,12 +153,12 @@ struct KVMergerReducer {
     const u32 workers = std::max<u32>(executor.workers, 1);
     float* cosines = workspace.take<float>(static_cast<std::size_t>(workers) * longest);
     float* other = workspace.take<float>(sets.shared ? longest : 0);
-    u64* orders = workspace.take<u64>(static_cast<std::size_t>(workers) * longest);
+    u64* orders = workspace.take<u64>(workers * order_size(longest));
     if (cosines == nullptr || other == nullptr || orders == nullptr) return workspace.exhausted();
     const auto form_segment = [&](KVMergerForm kind, u32 worker, u32 s, u32 most) noexcept {
       const u32 length = cache.length(s);
       float* cosine = cosines + static_cast<std::size_t>(worker) * longest;
-      u64* order = orders + static_cast<std::size_t>(worker) * longest;
+      u64* order = orders + worker * order_size(longest);
       if (sets.shared) {
         detail::mean_cosines(cache, length, other, cosine);
       } else {
@@ -167,7 +173,7 @@ struct KVMergerReducer {
         return;
       }
       sets.slots[s] =
-          form_sets(kind, context, sets.score(scores, s), scores.has_mass, length, most,
+          form_sets(kind, context, sets.score(scores, s), scores.has_mass, length, limit[s], most,
                     cache.frozen, state, linked, order, sets.evicted[s], [&](u32 wanted) noexcept {
                       linked[length - 1] = 0;
                       return kind == KVMergerForm::slots
@@ -199,7 +205,7 @@ struct KVMergerReducer {
     WorkspaceScope scope(workspace);
     const u32 longest = cache.max_length();
     const u32 workers = std::max<u32>(context.options.executor.workers, 1);
-    u64* orders = workspace.take<u64>(static_cast<std::size_t>(workers) * longest);
+    u64* orders = workspace.take<u64>(workers * order_size(longest));
     u32* members = workspace.take<u32>(static_cast<std::size_t>(workers) * longest);
     if (sets.weight == nullptr || orders == nullptr || members == nullptr) {
       return workspace.exhausted();
@@ -211,11 +217,13 @@ struct KVMergerReducer {
       u8* state = sets.state + sets.first[s];
       u8* linked = sets.linked + sets.first[s];
       const detail::RowAddresses key_at(cache.keys, s);
+      detail::RowsAhead ahead(key_at, nullptr, cache.keys.width * size_bytes(cache.keys.dtype),
+                              detail::is_contiguous_row(cache.keys) ? length : 0);
       sets.slots[s] = form_sets(
-          form, context, score, scores.has_mass, length, limit[s], cache.frozen, state, linked,
-          orders + at, sets.evicted[s], [&](u32) noexcept {
+          form, context, score, scores.has_mass, length, limit[s], limit[s], cache.frozen, state,
+          linked, orders + worker * order_size(longest), sets.evicted[s], [&](u32) noexcept {
             return detail::scan_sets(
-                cache.keys, s, length, epsilon, state, linked, detail::CosineScan::tile,
+                cache.keys, s, length, epsilon, state, linked, ahead, 16,
                 [&](u32 begin, u32 end) noexcept {
                   detail::weigh_sets(cache, rotation, s, key_at, score, state, linked, begin, end,
                                      weights(), members + at, sets.weight + sets.first[s]);
@@ -231,9 +239,9 @@ struct KVMergerReducer {
                         Context& context, detail::MergingSets& sets) const noexcept {
     Workspace& workspace = context.workspace;
     const u32 longest = cache.max_length();
-    const std::size_t all =
-        static_cast<std::size_t>(std::max<u32>(context.options.executor.workers, 1)) * longest;
-    u64* orders = workspace.take<u64>(at_once ? all : 0);
+    const u32 workers = std::max<u32>(context.options.executor.workers, 1);
+    const std::size_t all = static_cast<std::size_t>(workers) * longest;
+    u64* orders = workspace.take<u64>(at_once ? workers * order_size(longest) : 0);
     const detail::InPlaceMerger::Scratch scratch{
         workspace.take<u32>(all), workspace.take<float>(all), workspace.take<float>(all)};
     if (orders == nullptr || scratch.token == nullptr || scratch.weight == nullptr ||
@@ -256,12 +264,12 @@ struct KVMergerReducer {
         merger.write(state, linked, begin, end);
       };
       if (at_once) {
-        sets.slots[s] =
-            form_sets(form, context, score, scores.has_mass, length, limit[s], cache.frozen, state,
-                      linked, orders + at, sets.evicted[s], [&](u32) noexcept {
-                        return detail::scan_sets(cache.keys, s, length, epsilon, state, linked,
-                                                 detail::CosineScan::tile / 2, write);
-                      });
+        sets.slots[s] = form_sets(
+            form, context, score, scores.has_mass, length, limit[s], limit[s], cache.frozen, state,
+            linked, orders + worker * order_size(longest), sets.evicted[s], [&](u32) noexcept {
+              return detail::scan_sets(cache.keys, s, length, epsilon, state, linked,
+                                       merger.ahead(), 4, write);
+            });
       } else {
         detail::for_each_group(length, linked, write);
       }

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "kvlean/apply/fold.hpp"
+#include "kvlean/apply/merge_rows.hpp"
 #include "kvlean/core/byte_range.hpp"
 #include "kvlean/core/concepts.hpp"
 #include "kvlean/reduce/kvmerger_scan.hpp"
@@ -59,6 +59,7 @@ class InPlaceMerger {
         sets_(cache, rotation.rotation(), segment, options, nullptr),
         key_at_(cache.keys, segment),
         value_at_(cache.values, segment),
+        ahead_(key_at_, &value_at_, cache.keys.width * size_bytes(cache.keys.dtype), length_),
         key_writer_(plan_, cache, rotation, segment),
         value_blender_(cache.values, segment) {
     plan_.segments = 1;
@@ -66,11 +67,21 @@ class InPlaceMerger {
     if (values == ValueScale::paper_set_size) {
       plan_.term_value_weight = scratch.value_weight;
     }
+    const bool scaled = plan_.term_value_weight != nullptr;
+    keys_ = merged_rows(cache.keys, segment, batch_.self, batch_.weight);
+    keys_.blends = (plan_.needs & needs_moved_keys) != 0;
+    values_ = merged_rows(cache.values, segment, scaled ? self_values_ : batch_.self,
+                          scaled ? value_weights_ : batch_.weight);
+    moves_keys_ = !keys_.blends || key_writer_.blends_rows();
+    row_bytes_ = cache.keys.width * static_cast<u32>(size_bytes(cache.keys.dtype));
+    lines_ = rows_are_lines(cache.keys, segment) && rows_are_lines(cache.values, segment);
   }
   InPlaceMerger(const InPlaceMerger&) = delete;
   InPlaceMerger& operator=(const InPlaceMerger&) = delete;
 
   [[nodiscard]] u32 slots() const noexcept { return slots_; }
+  /// Rows that are to be prefetched: write() asks for three quarters of its tokens'.
+  [[nodiscard]] RowsAhead& ahead() noexcept { return ahead_; }
 
   /// Writes the sets in [begin, end), whole sets; evicted ones, state 2, get no slot.
   void write(const u8* state, const u8* linked, u32 begin, u32 end) noexcept {
@@ -81,32 +92,17 @@ class InPlaceMerger {
       return;
     }
     batch_.find(score_, state, linked, begin, end);
-    const u32 next = keys_are_near_ ? end + (end - begin) / 2 : end;
-    batch_.weigh(cache_, sets_.rotation(), s_, key_at_, sets_.options(), next,
-                 std::min(2 * end - begin, length_));
+    const u32 count = end - begin;
+    batch_.weigh(cache_, sets_.rotation(), s_, key_at_, sets_.options(),
+                 ahead_.take(count, 4, most_fetched, fetched_));
     point_plan(batch_.pivot, batch_.self, batch_.term_begin, batch_.term_end, batch_.token,
                batch_.weight);
     if (plan_.term_value_weight != nullptr) scale_values();
-    // Rows ahead are asked for bit by bit, so that memory is never idle: the cores can wait for
-    // few.
-    const u32 half = (end - begin) / 2;
-    const u32 rest = end - begin - half;
-    const bool scaled = plan_.term_value_weight != nullptr;
-    if (key_writer_.blends_rows()) {
-      merge_rows(cache_.keys, key_at_, batch_.self, batch_.weight, value_at_, end, half);
-    } else {
-      for (u32 i = 0; i < batch_.slots; ++i) write_key(i, slots_ + i);
+    merge_rows(count);
+    if (cache_.positions || cache_.log_mass) {
+      for (u32 i = 0; i < batch_.slots; ++i) write_arrays_of(i, slots_ + i);
     }
-    merge_rows(cache_.values, value_at_, scaled ? self_values_ : batch_.self,
-               scaled ? value_weights_ : batch_.weight, value_at_, end + half, rest);
-    for (u32 i = 0; i < batch_.slots; ++i, ++slots_) {
-      if (cache_.log_mass)
-        log_mass_ =
-            sets_.mass_of(batch_.pivot[i], batch_.self[i], batch_.token + batch_.term_begin[i],
-                          batch_.weight + batch_.term_begin[i],
-                          static_cast<u32>(batch_.term_end[i] - batch_.term_begin[i]));
-      write_arrays(batch_.pivot[i]);
-    }
+    slots_ += batch_.slots;
   }
 
   /// Once all sets are written: slot `from` becomes slot `to`, in ascending order.
@@ -126,6 +122,7 @@ class InPlaceMerger {
   // Rows that are this far behind have left the first two caches.
   static constexpr std::size_t streamed_distance = std::size_t{2} << 20;
   static constexpr u32 most_tokens = SetBatch::most_tokens;
+  static constexpr u32 most_fetched = 2 * most_tokens;
 
   void point_plan(u32* anchor, float* self, u64* term_begin, u64* term_end, u32* token,
                   float* weight) noexcept {
@@ -151,7 +148,7 @@ class InPlaceMerger {
     } else {
       move(cache_.values, value_at_(anchor_), value_at_(slots_));
     }
-    write_arrays(anchor_);
+    write_arrays(anchor_, slots_);
     ++slots_;
   }
 
@@ -165,39 +162,45 @@ class InPlaceMerger {
   static void move(const Rows& rows, const std::byte* from, std::byte* to) noexcept {
     if (from != to) std::memmove(to, from, rows.width * size_bytes(rows.dtype));
   }
-  void write_arrays(u32 anchor) noexcept {
-    if (slots_ < cache_.frozen) return;
-    if (cache_.positions) cache_.positions(s_, slots_) = cache_.positions(s_, anchor);
-    if (cache_.log_mass) cache_.log_mass(s_, slots_) = log_mass_;
+  void write_arrays(u32 anchor, u32 to) noexcept {
+    if (to < cache_.frozen) return;
+    if (cache_.positions) cache_.positions(s_, to) = cache_.positions(s_, anchor);
+    if (cache_.log_mass) cache_.log_mass(s_, to) = log_mass_;
   }
 
-  /// The batch's rows of K or of V, while `ahead` rows from token `next` on are prefetched: those
-  /// of V, or of K where nothing reads it before.
-  void merge_rows(const Rows& rows, const RowAddresses& at, const float* self, const float* weight,
-                  const RowAddresses& fetch, u32 next, u32 ahead) noexcept {
-    const std::byte* terms[most_tokens];
-    const std::byte* fetched[most_tokens];
-    for (u32 t = 0; t < batch_.terms; ++t) terms[t] = at(batch_.token[t]);
-    std::uintptr_t places = 0;
-    for (u32 i = 0; i < batch_.slots; ++i) {
-      const u64 first = batch_.term_begin[i];
-      out_[i] = at(slots_ + i);
-      places |= reinterpret_cast<std::uintptr_t>(out_[i]);
-      simd::WeighedRows& sum = sums_[i];
-      sum.anchor = at(batch_.pivot[i]);
-      sum.self = self[i];
-      sum.terms = {terms + first, static_cast<u32>(batch_.term_end[i] - first)};
-      sum.weight = weight + first;
+  void write_arrays_of(u32 i, u32 to) noexcept {
+    const u64 first = batch_.term_begin[i];
+    if (cache_.log_mass) {
+      log_mass_ =
+          sets_.mass_of(batch_.pivot[i], batch_.self[i], batch_.token + first,
+                        batch_.weight + first, static_cast<u32>(batch_.term_end[i] - first));
     }
-    ahead = next < length_ ? std::min(ahead, length_ - next) : 0;
-    for (u32 i = 0; i < ahead; ++i) fetched[i] = fetch(next + i);
-    // Rows go past the caches that were not read lately and are whole lines of them.
-    const std::size_t bytes = rows.width * size_bytes(rows.dtype);
-    const bool streams = batch_.slots != 0 && places % 64 == 0 && bytes % 64 == 0 &&
-                         (batch_.pivot[0] - slots_) * bytes >= streamed_distance;
+    write_arrays(batch_.pivot[i], to);
+  }
+
+  /// The batch's rows of K and V.
+  void merge_rows(u32 count) noexcept {
+    if (batch_.slots == 0) return;
+    simd::MergedRows rows[2];
+    u32 num_rows = 0;
+    // The scan has prefetched the rest.
+    const simd::RowPointers ahead =
+        ahead_.take(count, keys_are_near_ ? 8 : 12, most_fetched, fetched_);
+    const u32 half = moves_keys_ ? ahead.count / 2 : 0;
+    if (moves_keys_) {
+      rows[num_rows] = keys_;
+      rows[num_rows++].ahead = {ahead.row, half};
+    } else {
+      for (u32 i = 0; i < batch_.slots; ++i) write_key(i, slots_ + i);
+    }
+    rows[num_rows] = values_;
+    rows[num_rows++].ahead = {ahead.row + half, ahead.count - half};
+    const bool streams =
+        lines_ && (batch_.pivot[0] - slots_) * std::size_t{row_bytes_} >= streamed_distance;
     streamed_ = streamed_ || streams;
-    simd::merge_kernels().weigh_all(sums_, batch_.slots, rows.dtype, rows.width, {fetched, ahead},
-                                    streams, out_);
+    simd::merge_kernels().merge(rows, num_rows,
+                                {batch_.pivot, batch_.term_begin, batch_.term_end, batch_.token}, 0,
+                                batch_.slots, slots_, streams);
   }
   /// Values of n members weigh n times as much.
   void scale_values() noexcept {
@@ -215,6 +218,9 @@ class InPlaceMerger {
   const float* score_;
   bool keys_are_near_;
   bool streamed_ = false;
+  bool moves_keys_;  // as rows, with those of V
+  bool lines_;       // all rows are whole lines of the caches
+  u32 row_bytes_;    // of K
   u32 slots_ = 0;
   u32 anchor_ = 0;
   float self_ = 1.0f;
@@ -227,13 +233,15 @@ class InPlaceMerger {
   SetWriter sets_;
   RowAddresses key_at_;
   RowAddresses value_at_;
+  RowsAhead ahead_;
   KeyWriter key_writer_;
   RowBlender value_blender_;
   SetBatch batch_;
   float self_values_[most_tokens];
   float value_weights_[most_tokens];
-  simd::WeighedRows sums_[most_tokens];
-  std::byte* out_[most_tokens];
+  const std::byte* fetched_[most_fetched];
+  simd::MergedRows keys_;
+  simd::MergedRows values_;
 };
 
 }  // namespace detail

@@ -10,16 +10,19 @@ namespace detail {
 
 /// The threshold form's links and sets in one reading of the keys: calls closed(begin, end) for
 /// whole sets, in order, when the keys of [begin, end) and of the token after it have been read. By
-/// then nothing before `end` is read again. Writes linked[t]; returns the number of links.
+/// then nothing before `end` is read again. Writes linked[t]; returns the number of links. `share`
+/// sixteenths of the rows `ahead` are prefetched meanwhile.
 template <class Closed>
 u32 scan_sets(const Rows& keys, u32 head, u32 length, float epsilon, const u8* state, u8* linked,
-              u32 ahead, Closed&& closed) noexcept {
+              RowsAhead& ahead, u32 share, Closed&& closed) noexcept {
   if (length == 0) return 0;
-  CosineScan scan(keys, head, length, ahead);
+  CosineScan scan(keys, head, length);
+  const std::byte* fetched[2 * CosineScan::tile];
   u32 links = 0;
   u32 begin = 0;
   while (!scan.done()) {
-    const CosineScan::Pairs pairs = scan.next();
+    const CosineScan::Pairs pairs =
+        scan.next(ahead.take(CosineScan::tile, share, 2 * CosineScan::tile, fetched));
     links += link_above(pairs.cosine, state + pairs.begin, pairs.end - pairs.begin + 1, epsilon,
                         linked + pairs.begin);
     u32 end = pairs.end;
@@ -64,8 +67,11 @@ inline void weigh_sets(const CacheView& cache, const RopeRotation& rotation, u32
   if (end - begin <= SetBatch::most_tokens) {
     SetBatch batch;
     batch.find(score, state, linked, begin, end);
-    batch.weigh(cache, rotation, s, key_at, options);
-    for (u32 i = 0; i < batch.slots; ++i) weight[batch.pivot[i]] = batch.self[i];
+    batch.weigh(cache, rotation, s, key_at, options, {});
+    for (u32 i = 0; i < batch.sets; ++i) {
+      const u32 slot = batch.slot_of_set[i];
+      weight[batch.pivot[slot]] = batch.self[slot];
+    }
     for (u32 i = 0; i < batch.terms; ++i) weight[batch.token[i]] = batch.weight[i];
     return;
   }

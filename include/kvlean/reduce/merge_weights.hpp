@@ -84,15 +84,6 @@ class MassSum {
   return 2.0 * sum_squares / size;
 }
 
-/// The Gaussian kernel at a squared distance. Equal keys have no width: it is 1. Keys with NaN or
-/// infinity have no distance: it is 0, the pivot's key and value stand for the set, so that bad
-/// data does not spread through the weights.
-[[nodiscard]] inline double kernel_value(double sum_squares, double width,
-                                         float squared_distance) noexcept {
-  if (!std::isfinite(sum_squares)) return 0.0;
-  return width > 0.0 ? std::exp(-static_cast<double>(squared_distance) / width) : 1.0;
-}
-
 /// distance[i] = |k_p - k_i|^2 of the pivot's key and member i's; see gaussian_weights.
 inline void squared_key_distances(const CacheView& cache, const RopeRotation& rotation, u32 s,
                                   u32 pivot, const u32* member, u32 members,
@@ -126,25 +117,48 @@ inline void squared_key_distances(const CacheView& cache, const RopeRotation& ro
   }
 }
 
+/// The width of a set's kernel as the kernels take it, for sums that are finite.
+[[nodiscard]] inline float kernel_width_of(Sigma sigma, double sum_distance, double sum_squares,
+                                           u64 members, float fixed_sigma) noexcept {
+  const double size = static_cast<double>(members) + 1.0;
+  return static_cast<float>(
+      kernel_width(sigma, sum_distance, sum_squares, size, static_cast<double>(fixed_sigma)));
+}
+
 /// Gaussian kernel weights of a merging set (arXiv 2407.08454, algorithm 2):
 ///   g_i = exp(-|k_p - k_i|^2 / (2 sigma^2)),  w_i = n_i g_i / sum n_j g_j
 /// where n_i is the number of tokens that member i already stands for. The paper's sigma is defined
 /// by the g it defines; Sigma's modes replace it. `member` are the tokens but the pivot, `weight`
 /// receives theirs; the pivot's weight is returned. Keys are compared at the pivot's position where
-/// `rotation` was prepared, as they lie otherwise. O(|S| * d).
+/// `rotation` was prepared, as they lie otherwise. Equal keys have no width: g is 1. Where keys are
+/// not finite there is no distance: g is 0, the pivot's key and value stand for the set, so that
+/// bad data does not spread through the weights. O(|S| * d).
 inline float gaussian_weights(const CacheView& cache, const RopeRotation& rotation, u32 s,
                               u32 pivot, const u32* member, u32 members, Sigma sigma,
                               float fixed_sigma, float* weight) noexcept {
+  constexpr u32 at_once = 64;
+  const simd::MergeKernels& kernels = simd::merge_kernels();
   squared_key_distances(cache, rotation, s, pivot, member, members, weight);
+  float buffer[at_once];
   double sum_distance = 0.0;
   double sum_squares = 0.0;
-  for (u32 i = 0; i < members; ++i) {
-    sum_distance += std::sqrt(static_cast<double>(weight[i]));
-    sum_squares += weight[i];
+  for (u32 first = 0; first < members; first += at_once) {
+    const u32 here = std::min(at_once, members - first);
+    kernels.roots(weight + first, here, buffer);
+    for (u32 i = 0; i < here; ++i) {
+      sum_distance += static_cast<double>(buffer[i]);
+      sum_squares += static_cast<double>(weight[first + i]);
+    }
   }
-  const double size = static_cast<double>(members) + 1.0;
-  const double twice_sigma_squared =
-      kernel_width(sigma, sum_distance, sum_squares, size, static_cast<double>(fixed_sigma));
+  if (std::isfinite(sum_squares)) {
+    std::fill_n(buffer, at_once,
+                kernel_width_of(sigma, sum_distance, sum_squares, members, fixed_sigma));
+    for (u32 first = 0; first < members; first += at_once) {
+      kernels.gaussians(weight + first, buffer, std::min(at_once, members - first), weight + first);
+    }
+  } else {
+    std::fill_n(weight, members, 0.0f);
+  }
   float largest = cache.finite_mass_bias(s, pivot);
   for (u32 i = 0; cache.log_mass && i < members; ++i) {
     largest = std::max(largest, cache.finite_mass_bias(s, member[i]));
@@ -157,19 +171,16 @@ inline float gaussian_weights(const CacheView& cache, const RopeRotation& rotati
   const double pivot_count = count(pivot);
   double total = pivot_count;
   for (u32 i = 0; i < members; ++i) {
-    const double share =
-        kernel_value(sum_squares, twice_sigma_squared, weight[i]) * count(member[i]);
+    const double share = static_cast<double>(weight[i]) * count(member[i]);
     weight[i] = static_cast<float>(share);
     total += share;
   }
-  if (!(total > 0.0)) {  // the heavy members are too far to count, the pivot weighs nothing itself
-    std::fill_n(weight, members, 0.0f);
-    return 1.0f;
-  }
+  // The heavy members may be too far to count, and the pivot weigh nothing itself.
+  const double scale = total > 0.0 ? 1.0 / total : 0.0;
   for (u32 i = 0; i < members; ++i) {
-    weight[i] = static_cast<float>(static_cast<double>(weight[i]) / total);
+    weight[i] = static_cast<float>(static_cast<double>(weight[i]) * scale);
   }
-  return static_cast<float>(pivot_count / total);
+  return total > 0.0 ? static_cast<float>(pivot_count * scale) : 1.0f;
 }
 
 }  // namespace detail

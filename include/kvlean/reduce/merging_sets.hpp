@@ -5,11 +5,14 @@
 #include <algorithm>
 #include <cmath>
 #include <limits>
+#include <new>
 
 #include "kvlean/core/kv_cache.hpp"
 #include "kvlean/core/order.hpp"
+#include "kvlean/core/row_addresses.hpp"
 #include "kvlean/reduce/cosine_scan.hpp"
 #include "kvlean/reduce/kvmerger_options.hpp"
+#include "kvlean/reduce/selection.hpp"
 
 // KVMerger's merging sets: chained single linkage on the line of tokens (arXiv 2407.08454,
 // algorithm 1). The paper's loop leaves "i := j" open; this follows all known ports: neighbours are
@@ -23,36 +26,36 @@ namespace detail {
 /// d).
 inline void adjacent_cosines(const Rows& keys, u32 head, u32 length, float* cosine) noexcept {
   CosineScan scan(keys, head, length);
-  while (!scan.done()) {
-    const CosineScan::Pairs pairs = scan.next();
+  const RowAddresses key_at(keys, head);
+  RowsAhead ahead(key_at, nullptr, keys.width * size_bytes(keys.dtype),
+                  is_contiguous_row(keys) ? length : 0);
+  const std::byte* fetched[CosineScan::tile];
+  for (u32 tokens = ahead.window(); !scan.done(); tokens = CosineScan::tile) {
+    const CosineScan::Pairs pairs = scan.next(ahead.take(tokens, 16, CosineScan::tile, fetched));
     std::copy_n(pairs.cosine, pairs.end - pairs.begin, cosine + pairs.begin);
   }
 }
 
-/// Moves the `wanted` largest of `count` different keys to the front. O(count) on average; one
-/// counting of the upper bits leaves little to search.
-inline void best_keys_first(u64* keys, u32 count, u32 wanted) noexcept {
-  if (wanted == 0 || wanted >= count) return;
-  constexpr u32 shift = 52;  // sign, exponent and three bits of the fraction
-  constexpr u32 worth_counting = 2048;
-  u64* from = keys;
-  u64* end = keys + count;
-  if (count >= worth_counting) {
-    u32 of_value[u32{1} << (64 - shift)] = {};
-    for (u32 i = 0; i < count; ++i) ++of_value[keys[i] >> shift];
-    u64 cut = (u64{1} << (64 - shift)) - 1;
-    for (u32 above = 0; above + of_value[cut] < wanted; --cut) above += of_value[cut];
-    from = std::partition(from, end, [&](u64 key) { return key >> shift > cut; });
-    end = std::partition(from, end, [&](u64 key) { return key >> shift == cut; });
-  }
-  if (keys + wanted < end) {
-    std::nth_element(from, keys + (wanted - 1), end, [](u64 a, u64 b) { return a > b; });
-  }
+/// Keys that ordering takes besides one a token.
+inline constexpr u32 ordering_room = 16;
+
+/// Memory for `length` + ordering_room keys as that of a search among as many scores of one run.
+[[nodiscard]] inline CutScratch cut_scratch(u64* keys, u32 length) noexcept {
+  constexpr u32 runs = 2;
+  static_assert(runs * sizeof(ScoreRun) <= ordering_room * sizeof(u64));
+  static_assert(alignof(ScoreRun) <= alignof(u64));
+  CutScratch scratch;
+  scratch.runs = reinterpret_cast<ScoreRun*>(keys);
+  for (u32 i = 0; i < runs; ++i) ::new (static_cast<void*>(scratch.runs + i)) ScoreRun;
+  scratch.room = CutScratch::floats_for(length);  // at most 4.5 bytes a score
+  void* floats = keys + ordering_room;
+  scratch.floats = static_cast<float*>(floats);
+  return scratch;
 }
 
 /// Marks [length] the tokens that never merge: the caller's protection, the newest tokens, and the
 /// `heavy` best scores among the others. The two soft parts shrink, heavy first, so that all marked
-/// tokens fit into `limit`. `scratch`: length keys. Returns the number marked.
+/// tokens fit into `limit`. `scratch`: length + ordering_room keys. Returns the number marked.
 inline u32 mark_protected(KVMergerCounts soft, const Protection& protection, u32 frozen,
                           const float* score, u32 length, u32 limit, u8* marked,
                           u64* scratch) noexcept {
@@ -62,17 +65,10 @@ inline u32 mark_protected(KVMergerCounts soft, const Protection& protection, u32
     const u32 room = limit > hard ? limit - hard : 0;
     both.recent = protection.recent + std::min(soft.recent - protection.recent, room);
   }
-  u32 total = 0;
-  u32 candidates = 0;
-  for (u32 token = 0; token < length; ++token) {
-    marked[token] = both.covers(token, length, frozen) ? u8{1} : u8{0};
-    total += marked[token];
-    if (marked[token] == 0) scratch[candidates++] = token_key(score[token], token);
-  }
-  const u32 heavy = std::min({soft.heavy, candidates, limit > total ? limit - total : 0});
-  best_keys_first(scratch, candidates, heavy);
-  for (u32 i = 0; i < heavy; ++i) marked[token_of_key(scratch[i])] = 1;
-  return total + heavy;
+  const u32 alone = both.count(length, frozen);
+  const u32 heavy = std::min(soft.heavy, limit > alone ? limit - alone : 0);
+  return select_top(score, length, alone + heavy, both, frozen, marked,
+                    cut_scratch(scratch, length));
 }
 
 /// Threshold form: linked[t] = 1 when tokens t and t + 1 may merge and their cosine is above
@@ -80,30 +76,30 @@ inline u32 mark_protected(KVMergerCounts soft, const Protection& protection, u32
 inline u32 link_above(const float* cosine, const u8* marked, u32 length, float epsilon,
                       u8* linked) noexcept {
   u32 links = 0;
-  for (u32 t = 0; t + 1 < length; ++t) {
-    const bool link = marked[t] == 0 && marked[t + 1] == 0 && cosine[t] > epsilon;
-    linked[t] = link ? u8{1} : u8{0};
-    links += linked[t];
+  for (u32 t = 0; t + 1 < length; ++t) {  // no branch: compilers vectorise it
+    const unsigned alone = unsigned{marked[t]} | unsigned{marked[t + 1]};
+    const unsigned link = unsigned{alone == 0} & unsigned{cosine[t] > epsilon};
+    linked[t] = static_cast<u8>(link);
+    links += link;
   }
   return links;
 }
 
 /// Slot form: accepts the `wanted` most similar links, each of which costs one slot; ties go to the
-/// lower token. Returns the number accepted, fewer when no more exist. `scratch`: length keys.
-inline u32 link_best(const float* cosine, const u8* marked, u32 length, u32 wanted, u8* linked,
+/// lower token. Returns the number accepted, fewer when no more exist. Cosines of tokens that may
+/// not merge become NaN. `scratch`: length + ordering_room keys.
+inline u32 link_best(float* cosine, const u8* marked, u32 length, u32 wanted, u8* linked,
                      u64* scratch) noexcept {
+  if (length < 2) return 0;
   u32 candidates = 0;
   for (u32 t = 0; t + 1 < length; ++t) {
-    linked[t] = 0;
+    const unsigned alone = unsigned{marked[t]} | unsigned{marked[t + 1]};
+    cosine[t] = alone == 0 ? cosine[t] : std::numeric_limits<float>::quiet_NaN();
     // A NaN cosine is a broken key: it must not blend into others, whatever the need.
-    const bool usable = cosine[t] == cosine[t];
-    if (usable && marked[t] == 0 && marked[t + 1] == 0) {
-      scratch[candidates++] = token_key(cosine[t], t);
-    }
+    candidates += cosine[t] == cosine[t] ? 1u : 0u;
   }
   wanted = std::min(wanted, candidates);
-  best_keys_first(scratch, candidates, wanted);
-  for (u32 i = 0; i < wanted; ++i) linked[token_of_key(scratch[i])] = 1;
+  mark_best(cosine, length - 1, wanted, linked, cut_scratch(scratch, length));
   return wanted;
 }
 

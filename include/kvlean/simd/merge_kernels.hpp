@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kvlean/simd/attention_kernels.hpp"
+#include "kvlean/simd/move_kernels.hpp"
 
 // What merging is computed with: norms, products and distances of rows, and their weighted sums.
 
@@ -17,12 +18,33 @@ struct WeighedRows {
   const float* weight = nullptr;  ///< [terms.count]
 };
 
+/// Slots of a head, each the weighted sum of an anchor and terms: as a plan has them.
+struct MergedSlots {
+  const u32* anchor = nullptr;      ///< by slot: a token
+  const u64* term_begin = nullptr;  ///< by slot; null: no slot has terms
+  const u64* term_end = nullptr;
+  const u32* token = nullptr;  ///< by term
+};
+
+/// One of the tensors whose rows merge.
+struct MergedRows {
+  RowPlaces from;
+  RowPlaces to;
+  DType dtype = DType::f32;  ///< of both
+  u32 width = 0;
+  bool blends = true;             ///< otherwise anchors' rows move and terms do not count
+  const float* self = nullptr;    ///< by slot; null: 1
+  const float* weight = nullptr;  ///< by term
+  RowPointers ahead;              ///< prefetched on the way, as long as these
+};
+
 /// Each is called for a row or more, never for an element. Every target gives the same bits, those
 /// of row_math: sums over a row are in float, in 16 lanes that are added pairwise, and products are
 /// rounded before they are added. A sum over `width` elements so differs from the exact one by at
 /// most (width / 16 + 6) * 2^-24 times the sum of the absolute products. NaN and infinity go where
 /// arithmetic takes them. No argument needs alignment, and nothing beyond the extents is read or
-/// written. Row t of `ahead` (which may be empty) is prefetched while row t is read.
+/// written. All rows of `ahead` (which may be empty) are
+/// prefetched on the way.
 struct MergeKernels {
   /// out[t] = |rows[t]|^2
   void (*squared_norms)(RowPointers rows, DType dtype, u32 width, float* out) noexcept;
@@ -32,6 +54,18 @@ struct MergeKernels {
   void (*neighbours)(const void* previous, RowPointers rows, DType dtype, u32 width,
                      RowPointers ahead, float* squared, float* product) noexcept;
 
+  /// cosine[t] = product[t] / (|a| |b|) of rows whose squared norms are squared[t] and squared[t +
+  /// 1]; 0 when a row is zero. `squared` has a number more than `count`.
+  void (*cosines)(const float* squared, const float* product, u32 count, float* cosine) noexcept;
+
+  /// out[i] = the square root of x[i], rounded to nearest.
+  void (*roots)(const float* x, u32 count, float* out) noexcept;
+
+  /// out[i] = e^(-distance[i] / width[i]) for numbers from 0 on: within 3 * 2^-24 (1 + x) of the
+  /// exact value, relative, where x is the quotient. 1 where the width is 0, 0 where x is above 80.
+  /// NaN stays NaN.
+  void (*gaussians)(const float* distance, const float* width, u32 count, float* out) noexcept;
+
   /// out[t] = from . rows[t], `from` in float.
   void (*products)(const float* from, RowPointers rows, DType dtype, u32 width,
                    float* out) noexcept;
@@ -40,9 +74,10 @@ struct MergeKernels {
   void (*squared_distances)(const void* from, RowPointers rows, DType dtype, u32 width,
                             float* out) noexcept;
 
-  /// out[t] = |from[t] - rows[t]|^2 for from.count = rows.count.
+  /// out[t] = |from[t] - rows[t]|^2 for from.count = rows.count. All rows of `ahead` are
+  /// prefetched.
   void (*pair_distances)(RowPointers from, RowPointers rows, DType dtype, u32 width,
-                         float* out) noexcept;
+                         RowPointers ahead, float* out) noexcept;
 
   /// out = the weighted sum, the anchor first and terms in order, added element by element in
   /// float, rounded once to the rows' type or, with `as_float`, stored as float. `out` may be one
@@ -51,10 +86,13 @@ struct MergeKernels {
   void (*weigh)(const WeighedRows& sum, DType dtype, u32 width, bool as_float, bool stream,
                 void* out) noexcept;
 
-  /// out[i] = sums[i] for i < count in order, in the rows' type. A sum without terms whose self is
-  /// 1 is copied bit by bit. Rows of `ahead` are prefetched on the way.
-  void (*weigh_all)(const WeighedRows* sums, u32 count, DType dtype, u32 width, RowPointers ahead,
-                    bool stream, std::byte* const* out) noexcept;
+  /// Row `to` + j - begin of each tensor = the weighted sum of slot j, for begin <= j < end. A slot
+  /// without terms whose self is 1 is copied bit by bit; the others are as weigh() has them. The
+  /// terms of a slot begin where those of the slot before end, they ascend, and all tokens of a
+  /// slot lie after those of the slot before: within one tensor rows may so move towards row 0.
+  /// With `stream`, as in weigh(), each row written is a multiple of 64 bytes.
+  void (*merge)(const MergedRows* rows, u32 num_rows, const MergedSlots& slots, u64 begin, u64 end,
+                u32 to, bool stream) noexcept;
 
   /// The same as weigh() with terms in float and weights 1: out = self * anchor + terms.row[0] + ..
   void (*add_parts)(const WeighedRows& sum, DType dtype, u32 width, bool as_float,
@@ -78,6 +116,12 @@ struct MergeKernels {
 KVLEAN_NAMESPACE_END
 
 #if KVLEAN_SIMD_DEFINE
+// Blocks whose sizes are constants where they are called.
+#if defined(__GNUC__)
+#define KVLEAN_SIMD_INLINE [[gnu::always_inline]] inline
+#else
+#define KVLEAN_SIMD_INLINE inline
+#endif
 #define KVLEAN_SIMD_FILE "kvlean/simd/generic/merge-inl.hpp"
 #include "kvlean/simd/for_each_target-inl.hpp"
 #endif

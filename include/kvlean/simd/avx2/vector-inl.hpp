@@ -325,3 +325,6 @@ inline void store_flags(u32 bits, u8* p) noexcept {
 inline void sum4x4(const Vector (*a)[4], float* out, u64 stride) noexcept {
   for (u32 r = 0; r < 4; ++r) sum4(a[r][0], a[r][1], a[r][2], a[r][3], out + r * stride);
 }
+
+// Roots, rounded to nearest.
+inline Vector square_root(Vector a) noexcept { return {_mm256_sqrt_ps(a.v)}; }

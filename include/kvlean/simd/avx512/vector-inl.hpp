@@ -319,3 +319,6 @@ inline void sum4x4(const Vector (*a)[4], float* out, u64 stride) noexcept {
   _mm_storeu_ps(out + 2 * stride, _mm512_extractf32x4_ps(sums, 2));
   _mm_storeu_ps(out + 3 * stride, _mm512_extractf32x4_ps(sums, 3));
 }
+
+// Roots, rounded to nearest.
+inline Vector square_root(Vector a) noexcept { return {_mm512_sqrt_ps(a.v)}; }

@@ -126,8 +126,8 @@ inline void fetch_row(const std::byte* row, u32 bytes) noexcept {
 }
 
 template <class E, u32 rows>
-inline void pair_block(RowPointers from, RowPointers to, u32 first, u32 used, u32 width,
-                       float* out) noexcept {
+KVLEAN_SIMD_INLINE void pair_block(RowPointers from, RowPointers to, u32 first, u32 used, u32 width,
+                                   float* out) noexcept {
   const E* a[rows];
   const E* b[rows];
   for (u32 r = 0; r < rows; ++r) {
@@ -168,29 +168,39 @@ inline void pair_block(RowPointers from, RowPointers to, u32 first, u32 used, u3
 }
 
 template <class E>
-inline void pair_distances_of(RowPointers from, RowPointers rows, u32 width, float* out) noexcept {
+inline void pair_distances_of(RowPointers from, RowPointers rows, u32 width, RowPointers ahead,
+                              float* out) noexcept {
+  const u32 bytes = width * static_cast<u32>(sizeof(E));
+  const u32 blocks = (rows.count + neighbour_rows - 1) / neighbour_rows;
+  const u32 step = blocks != 0 ? (ahead.count + blocks - 1) / blocks : 0;
+  u32 fetched = 0;
   for (u32 t = 0; t < rows.count; t += neighbour_rows) {
+    for (u32 i = 0; i < step && fetched < ahead.count; ++i) fetch_row(ahead.row[fetched++], bytes);
     const u32 left = rows.count - t;
-    pair_block<E, neighbour_rows>(from, rows, t, left < neighbour_rows ? left : neighbour_rows,
-                                  width, out + t);
+    if (left >= neighbour_rows) {
+      pair_block<E, neighbour_rows>(from, rows, t, neighbour_rows, width, out + t);
+    } else {
+      pair_block<E, neighbour_rows>(from, rows, t, left, width, out + t);
+    }
   }
+  for (; fetched < ahead.count; ++fetched) fetch_row(ahead.row[fetched], bytes);
 }
 
 inline void pair_distances(RowPointers from, RowPointers rows, DType dtype, u32 width,
-                           float* out) noexcept {
+                           RowPointers ahead, float* out) noexcept {
   if (dtype == DType::f32) {
-    pair_distances_of<float>(from, rows, width, out);
+    pair_distances_of<float>(from, rows, width, ahead, out);
   } else if (dtype == DType::f16) {
-    pair_distances_of<f16>(from, rows, width, out);
+    pair_distances_of<f16>(from, rows, width, ahead, out);
   } else {
-    pair_distances_of<bf16>(from, rows, width, out);
+    pair_distances_of<bf16>(from, rows, width, ahead, out);
   }
 }
 
 /// Squared norms of up to `rows` neighbouring rows and the products of each with the one before.
 template <class E, u32 rows>
-inline void neighbour_block(const E* const* row, u32 used, u32 width, float* squared,
-                            float* product) noexcept {
+KVLEAN_SIMD_INLINE void neighbour_block(const E* const* row, u32 used, u32 width, float* squared,
+                                        float* product) noexcept {
   Vector norm[rows][sum_vectors];
   Vector cross[rows][sum_vectors];
   KVLEAN_SIMD_UNROLL
@@ -234,16 +244,26 @@ template <class E>
 inline void neighbours_of(const void* previous, RowPointers rows, u32 width, RowPointers ahead,
                           float* squared, float* product) noexcept {
   const E* before = static_cast<const E*>(previous != nullptr ? previous : rows.row[0]);
+  const u32 bytes = width * static_cast<u32>(sizeof(E));
+  const u32 step = (ahead.count + rows.count - 1) / rows.count * neighbour_rows;
+  u32 fetched = 0;
   for (u32 t = 0; t < rows.count; t += neighbour_rows) {
+    for (u32 i = 0; i < step && fetched < ahead.count; ++i) fetch_row(ahead.row[fetched++], bytes);
     const u32 left = rows.count - t;
-    const u32 used = left < neighbour_rows ? left : neighbour_rows;
     const E* row[neighbour_rows + 1];
     row[0] = before;
-    for (u32 r = 0; r < neighbour_rows; ++r) {
-      if (t + r < ahead.count) fetch_row(ahead.row[t + r], width * static_cast<u32>(sizeof(E)));
-      row[r + 1] = reinterpret_cast<const E*>(rows.row[t + (r < used ? r : used - 1)]);
+    if (left >= neighbour_rows) {
+      KVLEAN_SIMD_UNROLL
+      for (u32 r = 0; r < neighbour_rows; ++r) {
+        row[r + 1] = reinterpret_cast<const E*>(rows.row[t + r]);
+      }
+      neighbour_block<E, neighbour_rows>(row, neighbour_rows, width, squared + t, product + t);
+    } else {
+      for (u32 r = 0; r < neighbour_rows; ++r) {
+        row[r + 1] = reinterpret_cast<const E*>(rows.row[t + (r < left ? r : left - 1)]);
+      }
+      neighbour_block<E, neighbour_rows>(row, left, width, squared + t, product + t);
     }
-    neighbour_block<E, neighbour_rows>(row, used, width, squared + t, product + t);
     before = row[neighbour_rows];
   }
 }
@@ -260,9 +280,62 @@ inline void neighbours(const void* previous, RowPointers rows, DType dtype, u32 
   }
 }
 
+inline Vector cosine(Vector squared, Vector other, Vector product) noexcept {
+  const Vector scale = mul(square_root(squared), square_root(other));
+  constexpr float least = std::numeric_limits<float>::denorm_min();
+  return select_less(scale, set1(least), zero(), div(product, scale));
+}
+inline void cosines(const float* squared, const float* product, u32 count, float* out) noexcept {
+  u32 t = 0;
+  for (; t + lanes <= count; t += lanes) {
+    store(cosine(load(squared + t), load(squared + t + 1), load(product + t)), out + t);
+  }
+  if (t == count) return;
+  const u32 rest = count - t;
+  store(cosine(load(squared + t, rest), load(squared + t + 1, rest), load(product + t, rest)),
+        out + t, rest);
+}
+
+inline void roots(const float* x, u32 count, float* out) noexcept {
+  u32 t = 0;
+  for (; t + lanes <= count; t += lanes) store(square_root(load(x + t)), out + t);
+  if (t != count) store(square_root(load(x + t, count - t)), out + t, count - t);
+}
+
+/// exponential() for x <= 0 in operations that are rounded one by one: the same bits everywhere.
+inline Vector rounded_exponential(Vector x) noexcept {
+  constexpr float least = -80.0f;
+  const Vector large = set1(0x1.8p23f);  // the sum keeps no fraction bits
+  const Vector y = max(set1(least), x);
+  const Vector n = sub(add(rounded_product(y, set1(1.44269504f)), large), large);
+  // ln 2 in two parts, the first exact for any n
+  Vector r = sub(y, rounded_product(n, set1(0.693359375f)));
+  r = add(r, rounded_product(n, set1(2.12194440e-4f)));
+  Vector p = add(rounded_product(set1(0x1.6a2434p-10f), r), set1(0x1.1239e2p-7f));
+  p = add(rounded_product(p, r), set1(0x1.5558f2p-5f));
+  p = add(rounded_product(p, r), set1(0x1.555492p-3f));
+  p = add(rounded_product(p, r), set1(0x1.fffffcp-2f));
+  p = add(add(rounded_product(p, rounded_product(r, r)), r), set1(1.0f));
+  return select_less(x, set1(least), zero(), scale_pow2(p, n));
+}
+inline Vector gaussian(Vector distance, Vector width) noexcept {
+  const Vector value = rounded_exponential(sub(zero(), div(distance, width)));
+  return select_less(zero(), width, value, set1(1.0f));
+}
+inline void gaussians(const float* distance, const float* width, u32 count, float* out) noexcept {
+  u32 i = 0;
+  for (; i + lanes <= count; i += lanes) {
+    store(gaussian(load(distance + i), load(width + i)), out + i);
+  }
+  if (i == count) return;
+  const u32 rest = count - i;
+  store(gaussian(load(distance + i, rest), load(width + i, rest)), out + i, rest);
+}
+
 #include "kvlean/simd/generic/weigh-inl.hpp"
 
 [[nodiscard]] constexpr MergeKernels merge_kernels_here() noexcept {
-  return {squared_norms, neighbours, products,    squared_distances, pair_distances, weigh,
-          weigh_all,     add_parts,  add_weighed, add_scaled,        stream_row,     stream_done};
+  return {squared_norms, neighbours,        cosines,        roots,      gaussians,
+          products,      squared_distances, pair_distances, weigh,      merge_slots,
+          add_parts,     add_weighed,       add_scaled,     stream_row, stream_done};
 }
