@@ -19,6 +19,7 @@ here=$(cd "$(dirname "${BASH_SOURCE[0]}")" && pwd)
 root=$(cd "$here/../.." && pwd)
 
 die() { echo "run.sh: $*" >&2; exit 2; }
+jobs=$(nproc 2> /dev/null || echo 1)
 build_only=0 headers=0 bin="" build_to="" arch="" only="" sanitizer=1 bench=1 test=1 quick=""
 while [ $# -gt 0 ]; do
   case $1 in
@@ -52,7 +53,7 @@ find_nvcc() { [ -x "$nvcc" ] || die "no nvcc: set NVCC or CUDA_HOME"; }
 newest_arch() { "$nvcc" --list-gpu-code | sed -n 's/^sm_\([0-9]*\)$/\1/p' | sort -n | tail -1; }
 sources() { ls "$here"/test_*.cu "$here"/bench_*.cu; }
 # nvcc reads some pragmas and warns of some templates of the CPU headers that g++ and clang accept.
-quiet=(-diag-suppress 550,554,1675 -Xcompiler -Wall,-Wextra "-I$root/include" "-I$root")
+quiet=(-diag-suppress 128,550,554,1675 -Xcompiler -Wall,-Wextra "-I$root/include" "-I$root")
 flags=(-std=c++20 -O3 -lineinfo "${quiet[@]}")
 extra_flags() {  # SOURCE: what a source asks for in a line "// nvcc: FLAGS"
   sed -n 's|^// nvcc: ||p' "$1"
@@ -119,18 +120,30 @@ fi
 
 present_arch() {
   command -v nvidia-smi > /dev/null || die "no nvidia-smi: name the GPU with --arch"
-  nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d '. ' | sed 's/^/sm_/'
+  # sm_90a: Hopper with its warpgroup products, which plain sm_90 code may not use.
+  nvidia-smi --query-gpu=compute_cap --format=csv,noheader | head -1 | tr -d '. ' |
+    sed 's/^/sm_/; s/^sm_90$/sm_90a/'
 }
 if [ -z "$bin" ]; then
   find_nvcc
   [ -n "$arch" ] || arch=$(present_arch)
   bin=${build_to:-$root/build/cuda/bin}
   mkdir -p "$bin"
+  build() {  # SOURCE: says what came of it; no program is left of a build that failed
+    local name started=$SECONDS
+    name=$(basename "$1" .cu)
+    if compile "$1" "$arch" "$bin/$name"; then echo "built $name ($((SECONDS - started)) s)"
+    else rm -f "$bin/$name"; echo "not built: $name"; fi
+  }
   for source in $(sources); do
     name=$(basename "$source" .cu); chosen "$name" || continue
-    started=$SECONDS
-    if compile "$source" "$arch" "$bin/$name"; then echo "built $name ($((SECONDS - started)) s)"
-    else failed+=("build of $name"); rm -f "$bin/$name"; fi
+    while [ "$(jobs -rp | wc -l)" -ge "$jobs" ]; do wait -n; done
+    build "$source" &
+  done
+  wait
+  for source in $(sources); do
+    name=$(basename "$source" .cu); chosen "$name" || continue
+    [ -x "$bin/$name" ] || failed+=("build of $name")
   done
 fi
 if [ -n "$build_to" ]; then
