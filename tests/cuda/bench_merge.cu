@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Planning of the merging reducers, from scores to a plan with weights.
 #include "kvlean/cuda/cam.cuh"
+#include "kvlean/cuda/d2o.cuh"
 #include "kvlean/cuda/kvmerger.cuh"
 #include "kvlean/cuda/massfold.cuh"
 #include "tests/cuda/select_cases.cuh"
@@ -152,6 +153,15 @@ int main(int argc, char** argv) {
     bench("KVMerger slots, 8 x 4096, d 128", sets, slots, 0);
     bench("CaM, 32 receivers, 8 x 4096", sets, kvlean::CaMReducer{}, 0);
     bench("MassFold, 8 x 4096, d 128", sets, kvlean::MassFoldReducer{}, 0);
+  }
+  {
+    Sets sets(1, 8, 16384, 128, 0.35);
+    bench("MassFold, 8 x 16384, d 128", sets, kvlean::MassFoldReducer{}, 0);
+    bench("D2O, 8 x 16384, d 128", sets, kvlean::D2OReducer{}, 0);
+  }
+  {
+    Sets sets(1, 8, 16384, 136, 0.35);
+    bench("MassFold by plain arithmetic, 8 x 16384, d 136", sets, kvlean::MassFoldReducer{}, 0);
   }
   {
     Sets sets(32, 8, 32768, 128, 0.35);

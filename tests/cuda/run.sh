@@ -154,14 +154,17 @@ fi
 logs=${OUT:-$root/build/cuda/logs}
 mkdir -p "$logs"
 passed=0 skipped=0
+report() {  # LABEL LOG CODE SECONDS
+  case $3 in
+    0) passed=$((passed + 1)); echo "ok      $1 ($4 s)" ;;
+    77) skipped=$((skipped + 1)); echo "skipped $1: $(tail -1 "$logs/$2")" ;;
+    *) failed+=("$1"); echo "FAILED  $1 (exit $3):"; tail -25 "$logs/$2" ;;
+  esac
+}
 run() {  # LABEL LOG COMMAND...
   local label=$1 log=$2 started=$SECONDS code; shift 2
   "$@" > "$logs/$log" 2>&1; code=$?
-  case $code in
-    0) passed=$((passed + 1)); echo "ok      $label ($((SECONDS - started)) s)" ;;
-    77) skipped=$((skipped + 1)); echo "skipped $label: $(tail -1 "$logs/$log")" ;;
-    *) failed+=("$label"); echo "FAILED  $label (exit $code):"; tail -25 "$logs/$log" ;;
-  esac
+  report "$label" "$log" "$code" $((SECONDS - started))
 }
 programs() {  # PREFIX
   local file
@@ -184,11 +187,27 @@ fi
 if [ "$sanitizer" = 1 ]; then
   checker=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")
   if [ -x "$checker" ]; then
-    for tool in memcheck racecheck initcheck synccheck; do
+    # Side by side: they mostly wait. racecheck is the slowest, so it comes first.
+    at_once=$((jobs < 8 ? jobs : 8))
+    check() {  # TOOL FILE: leaves "exit code, seconds" beside the log
+      local name started=$SECONDS code; name=$(basename "$2")
+      "$checker" --tool "$1" --error-exitcode 9 --print-limit 20 "$2" --quick \
+        > "$logs/$1.$name.log" 2>&1; code=$?
+      echo "$code $((SECONDS - started))" > "$logs/$1.$name.code"
+    }
+    tools="racecheck memcheck initcheck synccheck"
+    for tool in $tools; do
+      for file in $(programs test); do
+        while [ "$(jobs -rp | wc -l)" -ge "$at_once" ]; do wait -n; done
+        check "$tool" "$file" &
+      done
+    done
+    wait
+    for tool in $tools; do
       for file in $(programs test); do
         name=$(basename "$file")
-        run "$tool $name" "$tool.$name.log" "$checker" --tool "$tool" --error-exitcode 9 \
-          --print-limit 20 "$file" --quick
+        read -r code seconds < "$logs/$tool.$name.code"; rm -f "$logs/$tool.$name.code"
+        report "$tool $name" "$tool.$name.log" "$code" "$seconds"
       done
     done
   else

@@ -1,8 +1,7 @@
 // Copyright 2026 The KVLean Authors
 // SPDX-License-Identifier: Apache-2.0
-// Plans of the CPU library carried out on the device, appending, and attention over the result.
+// Plans of the CPU library carried out on the device, and appending.
 #include <kvlean/cuda/apply.cuh>
-#include <kvlean/cuda/attend.cuh>
 #include <kvlean/cuda/ragged_store.cuh>
 
 #include "tests/cuda/check.cuh"
@@ -178,69 +177,6 @@ void run_case(Device& device, CacheSpec spec, const char* policy, float kept, bo
   }
 }
 
-/// attend() over a cache against the reference in double.
-void run_attention(Device& device, const CacheSpec& spec, u32 count,
-                   kvlean::AttentionSpec attention, bool sinks) {
-  test_case("attend %s width %u group %u queries %u window %u cap %g", name_of(spec.key_dtype),
-            spec.key_width, spec.group_size, count, attention.sliding_window,
-            static_cast<double>(attention.softcap));
-  TestCache cache(spec);
-  const u32 heads = spec.kv_heads * spec.group_size;
-  const u32 value_width = cache.spec().value_width;
-  const std::size_t elements =
-      std::size_t{spec.layers} * spec.sequences * heads * count * spec.key_width;
-  std::vector<u8> bytes(elements * kvlean::size_bytes(spec.key_dtype));
-  Random random(17);
-  for (std::size_t i = 0; i < elements; ++i) {
-    kvlean::store_element(bytes.data() + i * kvlean::size_bytes(spec.key_dtype), spec.key_dtype,
-                          random.between(-2.0f, 2.0f));
-  }
-  DeviceArray<u8> queries(bytes);
-  std::vector<float> sink_values(std::size_t{spec.layers} * heads);
-  for (float& x : sink_values) x = random.between(-1.0f, 3.0f);
-  DeviceArray<float> device_sinks(sink_values);
-  const std::size_t outputs = std::size_t{spec.layers} * spec.sequences * heads * count;
-  DeviceArray<float> values(outputs * value_width), lse(outputs);
-  gpu::Attention on_device;
-  on_device.scale = attention.scale;
-  on_device.softcap = attention.softcap;
-  on_device.sliding_window = attention.sliding_window;
-  if (sinks) on_device.sink_logits = device_sinks.data();
-  device.reset();
-  CHECK_OK(gpu::attend(device.context(), cache.view(),
-                       gpu::Queries::contiguous(cache.view(), queries.data(), count), on_device,
-                       values.data(), lse.data()));
-  CHECK_OK(device.take_error());
-  CHECK_TRUE(values.intact() && lse.intact());
-  const std::vector<float> got = values.download();
-  const std::vector<float> got_lse = lse.download();
-  for (u32 l = 0; l < spec.layers; ++l) {
-    for (u32 b = 0; b < spec.sequences; ++b) {
-      const kvlean::CacheView view = cache.layer(l, b);
-      const std::size_t base = (std::size_t{l} * spec.sequences + b) * heads * count;
-      kvlean::Queries q;
-      q.rows.data = bytes.data() + base * spec.key_width * kvlean::size_bytes(spec.key_dtype);
-      q.rows.dtype = spec.key_dtype;
-      q.rows.width = spec.key_width;
-      q.rows.heads = heads;
-      q.rows.tokens = count;
-      q.rows.token_stride = spec.key_width;
-      q.rows.head_stride = static_cast<i64>(spec.key_width) * count;
-      q.count = count;
-      kvlean::AttentionSpec own = attention;
-      if (sinks) own.sink_logits = sink_values.data() + std::size_t{l} * heads;
-      std::vector<float> want(std::size_t{heads} * count * value_width), want_lse(heads * count);
-      kvlean::AttentionOutput output;
-      output.values = want.data();
-      output.lse = want_lse.data();
-      CHECK_OK(kvlean::attend_reference(q, view, own, output));
-      compare_close(got.data() + base * value_width, want.data(), want.size(), 1e-4, 1e-4,
-                    "output");
-      compare_close(got_lse.data() + base, want_lse.data(), want_lse.size(), 1e-5, 1e-4, "lse");
-    }
-  }
-}
-
 }  // namespace
 
 int main(int argc, char** argv) {
@@ -276,33 +212,6 @@ int main(int argc, char** argv) {
         spec.with_dtype(dtype);
         run_case(device, spec, policy, n % 4 == 0 ? 0.7f : 0.35f, false);
         run_case(device, spec, policy, 0.35f, true);
-      }
-    }
-    for (const u32 width :
-         quick ? std::vector<u32>{64, 128} : std::vector<u32>{64, 96, 128, 256, 80}) {
-      for (const u32 group : {1u, 4u, 16u}) {
-        CacheSpec spec;
-        spec.seed = width + group;
-        spec.layers = 2;
-        spec.sequences = 2;
-        spec.kv_heads = 2;
-        spec.group_size = group;
-        spec.tokens = group == 4 ? 700 : 130;
-        spec.lengths = {spec.tokens, 33, 1, 129};
-        spec.lengths = {spec.tokens, 33, 1, 129, 64, 65, spec.tokens, 16};
-        spec.key_width = width;
-        spec.page_tokens = group == 16 ? 16 : 0;
-        spec.positions = group == 4;
-        spec.log_mass = group != 1;
-        spec.with_dtype(dtype);
-        run_attention(device, spec, 1, {}, false);
-        kvlean::AttentionSpec all;
-        all.softcap = 5.0f;
-        all.sliding_window = 40;
-        run_attention(device, spec, 3, all, true);
-        kvlean::AttentionSpec window;
-        window.sliding_window = 17;
-        run_attention(device, spec, 1, window, false);
       }
     }
   }

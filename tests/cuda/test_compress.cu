@@ -298,7 +298,25 @@ struct Fixture {
     given.reducer = policy.reducer;
     gpu::Observation external;
     external.external = {rank.data(), tokens, nullptr};
+    check_elsewhere(text, given, budget, external, exact);
     check_in_place(text, given, budget, external, exact);
+  }
+
+  /// Into another cache with room of its own.
+  template <class S, class R>
+  void check_elsewhere(const char* what, const gpu::Policy<S, R>& policy, const Budget& budget,
+                       const gpu::Observation& observed, const CpuPlans& want) {
+    TestCache other(cache.spec());
+    device.reset();
+    CHECK_OK(gpu::compress(device.context(), cache.view(), policy, budget, observed, other.view()));
+    CHECK_OK(device.take_error());
+    other.download();
+    for (u32 q = 0; q < cache.spec().sequences; ++q) {
+      for (u32 l = 0; l < cache.spec().layers; ++l) {
+        compare_moved(what, other.downloaded_layer(l, q), cache.layer(l, q),
+                      want.of_sequence[q][l]);
+      }
+    }
   }
 
   /// Into a packed store, by a graph that is replayed twice.
@@ -408,8 +426,8 @@ struct Fixture {
                      const kvlean::CompressionPlan& plan) {
     std::vector<float> a(got.keys.width), b(got.keys.width);
     for (u32 h = 0; h < from.segments; ++h) {
-      CHECK_THAT(got.length(h) == plan.length[h], "%s in place: head %u: length %u, expected %u",
-                 what, h, got.length(h), plan.length[h]);
+      CHECK_THAT(got.length(h) == plan.length[h], "%s moved: head %u: length %u, expected %u", what,
+                 h, got.length(h), plan.length[h]);
       for (u32 j = 0; j < plan.length[h]; ++j) {
         const u32 token = plan.anchor[plan.first[h] + j];
         bool same = !from.positions || got.position(h, j) == from.position(h, token);
@@ -419,7 +437,7 @@ struct Fixture {
           kvlean::load_row(key ? from.keys : from.values, h, token, b.data());
           same = same && std::memcmp(a.data(), b.data(), a.size() * 4) == 0;
         }
-        CHECK_THAT(same, "%s in place: head %u slot %u is not token %u", what, h, j, token);
+        CHECK_THAT(same, "%s moved: head %u slot %u is not token %u", what, h, j, token);
         if (!same) break;
       }
     }
@@ -546,6 +564,16 @@ void check_errors(Device& device) {
   CHECK_OK(gpu::compress(device.context(), view, policy, budget, {}, store.destination));
   CHECK_STATUS(device.take_error(), StatusCode::destination_too_small);
   CHECK_THAT(store.intact(), "wrote behind a small pool");
+  // A cache with too little room.
+  CacheSpec short_spec = spec;
+  short_spec.tokens = 99;
+  TestCache short_cache(short_spec);
+  CHECK_OK(gpu::compress(device.context(), view, policy, budget, {}, short_cache.view()));
+  CHECK_STATUS(device.take_error(), StatusCode::destination_too_small);
+  short_cache.download();
+  CHECK_TRUE(short_cache.fetched_keys == short_cache.keys &&
+             short_cache.fetched_values == short_cache.values &&
+             short_cache.fetched_lengths == short_cache.lengths);
   // An earlier report: nothing happens.
   CUDA_REQUIRE(cudaMemset(device.error_word.data(), 1, 1));
   CUDA_REQUIRE(cudaDeviceSynchronize());
@@ -559,7 +587,7 @@ void check_errors(Device& device) {
 
 int main(int argc, char** argv) {
   const bool quick = parse_quick(argc, argv);
-  Device device(std::size_t{128} << 20);
+  Device device(std::size_t{quick ? 16u : 128u} << 20);
   u32 swapped = 0;
   const auto run = [&](const CacheSpec& spec, bool all) {
     test_case("%s width %u, %u heads of %u, %u layers of %u, pages %u", name_of(spec.key_dtype),
@@ -582,13 +610,13 @@ int main(int argc, char** argv) {
   for (std::size_t i = 0; i < (quick ? 2 : shapes.size()); ++i) {
     CacheSpec spec;
     spec.seed = i + 1;
-    spec.layers = 2;
-    spec.sequences = i % 2 == 0 ? 3 : 1;
-    spec.kv_heads = shapes[i].heads;
+    spec.layers = quick ? 1 : 2;
+    spec.sequences = i % 2 != 0 ? 1 : quick ? 2 : 3;
+    spec.kv_heads = quick ? 2 : shapes[i].heads;
     spec.group_size = shapes[i].group;
     spec.key_width = shapes[i].width;
-    spec.tokens = quick ? 100 : 420;
-    if (spec.sequences == 3) spec.lengths = {spec.tokens, 61, 79};
+    spec.tokens = quick ? 80 : 420;
+    if (spec.sequences > 1) spec.lengths = {spec.tokens, 61, 79};
     spec.page_tokens = i % 3 == 2 ? 16 : 0;
     spec.positions = i % 2 == 0;
     spec.log_mass = i % 4 == 0;
@@ -605,8 +633,14 @@ int main(int argc, char** argv) {
     spec.key_width = 64;
     spec.with_dtype(DType::bf16);
     run(spec, false);
+    // More segments than one block of threads looks at.
+    spec.layers = 33;
+    spec.kv_heads = 8;
+    spec.tokens = 70;
+    run(spec, false);
   }
   for (const bool positions : {true, false}) {
+    if (quick && positions) continue;
     check_merging(device, "kvmerger", kvlean::KVMergerReducer{}, positions);
     check_merging(device, "kvmerger, log count",
                   kvlean::KVMergerReducer{.log_mass = kvlean::LogMass::log_count}, positions);

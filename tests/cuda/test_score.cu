@@ -356,6 +356,32 @@ int main(int argc, char** argv) {
       fixture.attention_scorers();
     }
     if (!quick) {
+      // As many rows as fill the device at once: both passes by warpgroups where there are any.
+      for (const u32 window : {0u, 90u}) {
+        test_case("%s many rows, window %u", name_of(dtype), window);
+        CacheSpec spec;
+        spec.seed = 3;
+        spec.layers = 4;
+        spec.sequences = 3;
+        spec.kv_heads = 2;
+        spec.group_size = 16;
+        spec.tokens = 700;
+        spec.lengths = {700, 300, 177};
+        spec.key_width = dtype == DType::bf16 ? 128 : 64;
+        spec.with_dtype(dtype);
+        TestCache cache(spec);
+        set_key(cache, 1, 6, NAN);
+        set_key(cache, 2, 9, INFINITY);
+        cache.upload();
+        TestQueries queries(spec, 176, 8);
+        queries.upload();
+        Options options;
+        options.attention.sliding_window = window;
+        Fixture fixture{cache, queries, options, device, 1e-4};
+        fixture.run("h2o", kvlean::H2OScorer{}, false, true);
+      }
+    }
+    if (!quick) {
       test_case("%s long", name_of(dtype));
       CacheSpec spec;
       spec.layers = 1;

@@ -2,7 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
-#include "kvlean/cuda/move_rows.cuh"
+#include "kvlean/cuda/fold_rows.cuh"
 
 KVLEAN_CUDA_NAMESPACE_BEGIN
 namespace detail {
@@ -42,6 +42,16 @@ namespace detail {
   Status status = StatusCode::ok;
   with_dtype(cache.key_dtype, [&](auto key) noexcept {
     with_dtype(cache.value_dtype, [&](auto value) noexcept {
+      if (rotation.pairs == 0) {
+        const u32 slots = fold_warps * fold_slots;
+        status = launch(context,
+                        {.grid = dim3(ceil_div(plan.max_slots, slots), plan.segments),
+                         .block = fold_threads,
+                         .overlap = true},
+                        fold_rows_kernel<key(), value()>, plan, cache, destination, in_place,
+                        static_cast<const u32*>(context.error));
+        return;
+      }
       const u32 bytes = larger(cache.key_row_bytes(), cache.value_row_bytes());
       const u32 lanes = bytes <= 256 ? 16 : 32;
       const u32 teams = move_threads / lanes;

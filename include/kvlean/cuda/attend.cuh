@@ -2,35 +2,52 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "kvlean/cuda/attend_any.cuh"
+#include "kvlean/cuda/attend_join.cuh"
 #include "kvlean/cuda/attend_kernels.cuh"
 
 KVLEAN_CUDA_NAMESPACE_BEGIN
 namespace detail {
 
-/// Tokens of a chunk: enough blocks for the device, few enough partial outputs. Shapes alone.
-[[nodiscard]] inline ChunkOutputs take_chunks(const CacheView& cache, const Queries& queries,
-                                              Workspace& workspace) noexcept {
-  ChunkOutputs outputs;
-  outputs.row_tiles = ceil_div(queries.most() * cache.group_size, attend_rows);
-  const u64 tokens = u64{cache.max_tokens} * cache.num_segments() * outputs.row_tiles;
-  u32 chunk = 64;
-  while (chunk < 1024 && tokens / chunk > 1024) chunk *= 2;
-  outputs.chunk_tokens = chunk;
-  outputs.chunks = ceil_div(cache.max_tokens, chunk);
-  const std::size_t parts =
-      std::size_t{cache.num_segments()} * outputs.row_tiles * outputs.chunks * attend_rows;
-  outputs.values = workspace.take<float>(parts * cache.value_width);
-  outputs.sums = workspace.take<RowSum>(parts);
-  return outputs;
+/// Blocks as many as the device runs at once, `blocks_each` a multiprocessor.
+[[nodiscard]] inline AttendPieces take_pieces(const CacheView& cache, const Queries& queries,
+                                              u32 blocks_each, Workspace& workspace) noexcept {
+  AttendPieces pieces;
+  const u32 rows = queries.most() * cache.group_size;
+  pieces.row_tiles = ceil_div(rows, attend_rows);
+  pieces.rows = smaller(rows, attend_rows);
+  pieces.blocks = smaller(multiprocessors() * blocks_each, most_attend_blocks);
+  const std::size_t units = std::size_t{cache.num_segments()} * pieces.row_tiles;
+  const std::size_t all = (pieces.blocks + units) * pieces.rows;
+  pieces.values = workspace.take<float>(all * cache.value_width);
+  pieces.sums = workspace.take<RowSum>(all);
+  return pieces;
+}
+
+/// Whether tensor cores do it, and how many blocks a multiprocessor runs at once. A device with
+/// little shared memory (less than 133 KiB a block) does width 256 without them.
+[[nodiscard]] inline bool attends_by_tensor_cores(const CacheView& cache,
+                                                  u32& blocks_each) noexcept {
+  blocks_each = attend_any_blocks;
+  if (cache.key_width != cache.value_width || cache.key_dtype != cache.value_dtype) return false;
+  bool fits = false;
+  const auto look = [&](auto, auto width, auto) noexcept {
+    using Stage = AttendStage<width()>;
+    fits = Stage::block_bytes + 1024 <= most_shared_bytes();
+    if (fits) blocks_each = Stage::blocks;
+  };
+  return with_tensor_shape(cache.key_dtype, cache.key_width, look) && fits;
 }
 
 }  // namespace detail
 
-/// Bytes of device workspace that attend takes.
+/// Bytes of device workspace that attend takes on the current device.
 [[nodiscard]] inline std::size_t attend_bytes_required(const CacheView& cache,
                                                        const Queries& queries) noexcept {
   Workspace counting = Workspace::counting();
-  static_cast<void>(detail::take_chunks(cache, queries, counting));
+  u32 blocks_each = 0;
+  static_cast<void>(detail::attends_by_tensor_cores(cache, blocks_each));
+  static_cast<void>(detail::take_pieces(cache, queries, blocks_each, counting));
   return counting.bytes_required();
 }
 
@@ -55,42 +72,51 @@ namespace detail {
   KVLEAN_RETURN_IF_ERROR(check_queries(queries));
   if (values == nullptr) return StatusCode::null_pointer;
   const WorkspaceScope scope(context.workspace);
-  const detail::ChunkOutputs outputs = detail::take_chunks(cache, queries, context.workspace);
+  u32 blocks_each = 0;
+  const bool by_tensor_cores = detail::attends_by_tensor_cores(cache, blocks_each);
+  const detail::AttendPieces pieces =
+      detail::take_pieces(cache, queries, blocks_each, context.workspace);
   KVLEAN_RETURN_IF_ERROR(context.workspace.status());
   const detail::LogitSpec logits = detail::LogitSpec::of(attention, cache.key_width);
-  const dim3 grid(outputs.chunks, cache.num_segments(), outputs.row_tiles);
   Status status = StatusCode::ok;
-  const bool tensor =
-      cache.key_width == cache.value_width && cache.key_dtype == cache.value_dtype &&
-      detail::with_tensor_shape(
-          cache.key_dtype, cache.key_width, [&](auto element, auto width, auto) noexcept {
-            using E = decltype(element);
-            const LaunchShape shape{.grid = grid, .block = detail::attend_threads};
-            status = launch(context, shape,
-                            logits.cap != 0.0f ? detail::attend_kernel<E, width(), true>
-                                               : detail::attend_kernel<E, width(), false>,
-                            cache, queries, attention, logits, outputs);
-          });
-  if (!tensor) {
+  const auto run = [&](auto kernel, std::size_t shared) noexcept {
+    status = raise_shared_bytes(kernel, shared);
+    if (!status) return;
+    status = launch(
+        context, {.grid = pieces.blocks, .block = detail::attend_threads, .shared_bytes = shared},
+        kernel, cache, queries, attention, logits, pieces);
+  };
+  if (by_tensor_cores) {
+    static_cast<void>(detail::with_tensor_shape(
+        cache.key_dtype, cache.key_width, [&](auto element, auto width, auto) noexcept {
+          using E = decltype(element);
+          constexpr std::size_t bytes = detail::AttendStage<width()>::block_bytes;
+          if (pieces.rows <= 8) {
+            run(logits.cap != 0.0f ? detail::attend_kernel<E, width(), true, true>
+                                   : detail::attend_kernel<E, width(), false, true>,
+                bytes);
+          } else {
+            run(logits.cap != 0.0f ? detail::attend_kernel<E, width(), true, false>
+                                   : detail::attend_kernel<E, width(), false, false>,
+                bytes);
+          }
+        }));
+  } else {
     with_dtype(cache.key_dtype, [&](auto key) noexcept {
       with_dtype(cache.value_dtype, [&](auto value) noexcept {
-        const auto kernel = logits.cap != 0.0f ? detail::attend_any_kernel<key(), value(), true>
-                                               : detail::attend_any_kernel<key(), value(), false>;
-        const std::size_t shared = std::size_t{detail::attend_rows} *
-                                   (cache.key_width + cache.value_width) * sizeof(float);
-        status = raise_shared_bytes(kernel, shared);
-        if (!status) return;
-        status =
-            launch(context, {.grid = grid, .block = detail::attend_threads, .shared_bytes = shared},
-                   kernel, cache, queries, attention, logits, outputs);
+        run(logits.cap != 0.0f ? detail::attend_any_kernel<key(), value(), true>
+                               : detail::attend_any_kernel<key(), value(), false>,
+            std::size_t{detail::attend_rows} * (cache.key_width + cache.value_width) *
+                sizeof(float));
       });
     });
   }
   KVLEAN_RETURN_IF_ERROR(status);
   return launch(context,
                 {.grid = dim3(queries.most() * cache.group_size, cache.num_segments()),
-                 .block = detail::attend_threads},
-                detail::join_chunks_kernel<>, cache, queries, attention, outputs, values, lse);
+                 .block = detail::attend_threads,
+                 .overlap = true},
+                detail::join_pieces_kernel<>, cache, queries, attention, pieces, values, lse);
 }
 
 KVLEAN_CUDA_NAMESPACE_END

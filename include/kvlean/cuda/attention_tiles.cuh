@@ -34,6 +34,18 @@ struct LogitSpec {
     if constexpr (Capped) return fmaf(tanhf(product * factor), cap, bias);
     return fmaf(product, factor, bias);
   }
+  /// The same where `Plain` says that there is neither cap nor bias.
+  template <bool Plain>
+  [[nodiscard]] KVLEAN_DEVICE float logit(float product, float bias) const noexcept {
+    if constexpr (Plain) return product * factor;
+    return cap != 0.0f ? exponent<true>(product, bias) : exponent<false>(product, bias);
+  }
+  /// 2^(logit + shift).
+  template <bool Plain>
+  [[nodiscard]] KVLEAN_DEVICE float power(float product, float bias, float shift) const noexcept {
+    if constexpr (Plain) return exp2_approximate(fmaf(product, factor, shift));
+    return exp2_approximate(logit<false>(product, bias) + shift);
+  }
 };
 
 /// Makes four registers the place where these values live: or-ed with a zero that the compiler

@@ -15,218 +15,318 @@ struct ColumnSumShape {
   float* totals = nullptr;  ///< [segments][heads_written][stride]
   u64 stride = 0;
   bool per_head = false;  ///< a total for each query head of the group, else one for all
+  bool resident = false;  ///< all queries stay in shared memory, while keys change
+  bool add = false;       ///< to what is there
   float factor = 1.0f;
-  bool add = false;  ///< to what is there
-  u32 stages = 2;    ///< query tiles in shared memory, 2 or 4
+  u32 tiles = 0;         ///< of 64 query rows in shared memory
+  u32* clear = nullptr;  ///< [segments][2] zeroed for the kernel that follows, or null
 };
 
-/// Blocks (key tiles or fewer, segment); a block takes every gridDim.x-th tile.
-template <class E, u32 Width, u32 Tiles, bool Capped>
-__global__ void __launch_bounds__(mass_threads, 3)
+/// The query rows [0, rows) that stream by: one query's heads after the other, or, where every head
+/// has a total of its own, one head's queries after the other, filled up to whole sixteens.
+struct StreamedRows {
+  u32 first = 0;  ///< queries [first, end)
+  u32 end = 0;
+  u32 rows = 0;
+  u32 span = 0;  ///< rows of a head, per_head only
+  bool per_head = false;
+  Divider by;
+  u32 major_step = 0;  // 64 rows on
+  u32 minor_step = 0;
+
+  [[nodiscard]] static KVLEAN_DEVICE StreamedRows of(u32 first, u32 end, u32 group,
+                                                     bool per_head) noexcept {
+    StreamedRows stream;
+    stream.first = smaller(first, end);
+    stream.end = end;
+    stream.per_head = per_head;
+    const u32 count = end - stream.first;
+    stream.span = per_head ? ceil_div(count, 16u) * 16 : count;
+    stream.rows = stream.span * group;
+    stream.by = Divider::of(per_head ? larger(stream.span, 1u) : group);
+    stream.by.divide(tile_rows, stream.major_step, stream.minor_step);
+    return stream;
+  }
+  KVLEAN_DEVICE void find(u32 row, u32& query, u32& head) const noexcept {
+    if (per_head) {
+      by.divide(row, head, query);
+    } else {
+      by.divide(row, query, head);
+    }
+    query += first;
+  }
+  /// Whether all queries of these rows lie in [plain_first, plain_end).
+  [[nodiscard]] KVLEAN_DEVICE bool within(u32 row, u32 row_end, u32 plain_first,
+                                          u32 plain_end) const noexcept {
+    u32 low = 0;
+    u32 low_head = 0;
+    u32 high = 0;
+    u32 high_head = 0;
+    find(row, low, low_head);
+    find(row_end - 1, high, high_head);
+    if (per_head && low_head != high_head) {
+      low = first;
+      high = end - 1;
+    }
+    return low >= plain_first && smaller(high, end - 1) < plain_end;
+  }
+};
+
+/// Rows 64 apart, one after the other.
+struct RowCursor {
+  u32 major = 0;
+  u32 minor = 0;
+
+  [[nodiscard]] static KVLEAN_DEVICE RowCursor of(const StreamedRows& stream, u32 row) noexcept {
+    RowCursor cursor;
+    stream.by.divide(row, cursor.major, cursor.minor);
+    return cursor;
+  }
+  KVLEAN_DEVICE void advance(const StreamedRows& stream) noexcept {
+    major += stream.major_step;
+    minor += stream.minor_step;
+    if (minor >= stream.by.divisor) {
+      minor -= stream.by.divisor;
+      ++major;
+    }
+  }
+};
+
+/// Blocks (segment, block of keys). With resident queries a warp takes every so many of the keys,
+/// else a block has 8 warps' keys and the queries pass through shared memory.
+template <class E, u32 Width, u32 Tiles, bool Plain>
+__global__ void __launch_bounds__(sum_threads, 2)
     column_sums_kernel(const CacheView cache, const Queries queries, const Attention attention,
                        const LogitSpec logits, const RowTotals totals, const ColumnSumShape shape) {
-  constexpr u32 block_keys = mass_warps * Tiles * 16;
+  using Tile = PaddedTile<Width>;
+  using Rows = StationaryRows<Width, Tiles>;
+  constexpr u32 stages = Tile::stages;
   extern __shared__ __align__(128) char shared[];
-  __shared__ const char* address[ring][tile_rows];
-  __shared__ float shift[ring][tile_rows];  // minus the log2 of the row's sum
-  __shared__ i32 first_seen[ring][tile_rows];
-  __shared__ i32 last_seen[ring][tile_rows];
+  alignas(16) __shared__ float shift[resident_tiles][tile_rows];
 
-  const u32 s = blockIdx.y;
+  wait_for_previous();
+  allow_next();
+  const u32 s = blockIdx.x;
+  if (shape.clear != nullptr && blockIdx.y == 0 && threadIdx.x < 2)
+    shape.clear[2 * s + threadIdx.x] = 0;
   const u32 length = cache.lengths[s];
+  const u32 block_key = blockIdx.y * sum_warps * Rows::rows;
+  if (block_key >= length) return;
   const Segment segment = cache.segments[s];
   const SegmentQueries own = SegmentQueries::of(cache, queries, attention, s, length);
   const u32 warp = threadIdx.x / warp_threads;
   const u32 lane = threadIdx.x % warp_threads;
-  const u64 totals_at = s * totals.row_stride;
-  bool resident = false;
+  const u32 base = shared_address(shared);
 
-  for (u32 first_key = blockIdx.x * block_keys; first_key < length;
-       first_key += gridDim.x * block_keys) {
-    const u32 last_key = smaller(first_key + block_keys, length) - 1;
-    // The queries that see any of these keys, in whole octets so that one belongs to one head.
-    u32 first_query = 0;
-    u32 last_query = own.count;
-    if (shape.stages * tile_rows < own.count * cache.group_size) {
-      if (own.causal) first_query = own.queries_before(segment.position(first_key));
-      if (own.window != 0) {
-        const i64 past = static_cast<i64>(segment.position(last_key)) + own.window;
-        if (past < unseen_position) last_query = own.queries_before(static_cast<i32>(past));
+  u32 first_query = 0;
+  u32 end_query = own.count;
+  if (!shape.resident) {
+    first_query = own.seen_from(segment.position(block_key));
+    end_query =
+        own.seen_until(segment.position(smaller(block_key + sum_warps * Rows::rows, length) - 1));
+  }
+  const StreamedRows stream =
+      StreamedRows::of(first_query, end_query, cache.group_size, shape.per_head);
+  const u32 tiles = ceil_div(stream.rows, tile_rows);
+  const float* minus_log2 = totals.minus_log2 + s * totals.row_stride;
+
+  // Four threads bring one row of a tile, the first of them what shifts its logits.
+  RowCursor cursor = RowCursor::of(stream, threadIdx.x / 4);
+  const auto fetch = [&](u32 tile, u32 stage) noexcept {
+    if (tile < tiles) {
+      const u32 query = stream.first + (stream.per_head ? cursor.minor : cursor.major);
+      const u32 head = stream.per_head ? cursor.major : cursor.minor;
+      const bool is_query = query < stream.end && head < cache.group_size;
+      const u32 from_query = smaller(query, stream.end - 1);
+      const u32 from_head = smaller(head, cache.group_size - 1);
+      copy_tile_row<Width>(base + stage * Tile::bytes, own.row(from_head, from_query));
+      if (threadIdx.x % 4 == 0) {
+        float* to = &shift[tile % resident_tiles][threadIdx.x / 4];
+        if (shape.resident) {
+          *to = is_query ? totals.shift(cache, s, own, query, head) : -INFINITY;
+        } else {
+          copy_async_4(shared_address(to), minus_log2 + from_query * cache.group_size + from_head,
+                       is_query);
+        }
       }
+      cursor.advance(stream);
     }
-    const u32 span = last_query > first_query ? ceil_div(last_query - first_query, 8u) * 8 : 0;
-    const u32 rows = span * cache.group_size;
-    const u32 tiles = ceil_div(rows, tile_rows);
+    commit_copies();
+  };
 
-    const u32 warp_key = first_key + warp * Tiles * 16;
-    RowFragments<Width, Tiles> fragments;
-    fragments.load(
-        [&](u32 r) noexcept { return segment.key_row(smaller(warp_key + r, length - 1)); });
-    i32 key_position[Tiles][2];
-    float bias[Tiles][2];
-    float total[Tiles][2] = {};
-    i32 least_position = unseen_position;
-    i32 most_position = -unseen_position;
-#pragma unroll
-    for (u32 m = 0; m < Tiles; ++m) {
-#pragma unroll
-      for (u32 half = 0; half < 2; ++half) {
-        const u32 key = smaller(warp_key + m * 16 + half * 8 + lane / 4, length - 1);
-        key_position[m][half] = segment.position(key);
-        bias[m][half] = segment.mass_bias(key) * log2_e;
-        least_position = smaller(least_position, key_position[m][half]);
-        most_position = larger(most_position, key_position[m][half]);
-      }
-    }
-    least_position = -max_lanes<32>(-least_position);
-    most_position = max_lanes<32>(most_position);
-
-    // What a tile's rows are is looked up two tiles ahead by 64 threads, the copies start one
-    // ahead.
-    struct Row {
-      const char* address;
-      float shift;
-      i32 first;
-      i32 last;
-    };
-    const auto look_up = [&](u32 tile) noexcept {
-      Row row{nullptr, -INFINITY, unseen_position, -unseen_position};
-      if (threadIdx.x >= tile_rows || tile >= tiles) return row;
-      const u32 at_row = tile * tile_rows + threadIdx.x;
-      const u32 head = at_row / span;
-      const u32 query = first_query + at_row % span;
-      if (head >= cache.group_size || query >= last_query) return row;
-      row.address = own.row(head, query);
-      row.first = own.first_seen(query);
-      row.last = own.last_seen(query);
-      const u64 at = totals_at + head * own.count + query;
-      const float log2_sum = totals.log2_sum[at];
-      row.shift = log2_sum == -INFINITY ? 0.0f : -log2_sum;
-      // Infinities share the mass: marked by NaN, which no finite row has.
-      if (log2_sum == INFINITY && totals.share[at] != 0.0f) row.shift = NAN;
-      return row;
-    };
-    const auto keep = [&](u32 tile, const Row& row) noexcept {
-      if (threadIdx.x >= tile_rows) return;
-      address[tile % ring][threadIdx.x] = row.address;
-      shift[tile % ring][threadIdx.x] = row.shift;
-      first_seen[tile % ring][threadIdx.x] = row.first;
-      last_seen[tile % ring][threadIdx.x] = row.last;
-    };
-    const auto fetch = [&](u32 tile) noexcept {
-      fill_tile<Width>(shared_address(shared) + tile % shape.stages * SharedTile<Width>::bytes,
-                       address[tile % ring]);
-      commit_copies();
-    };
-    const auto write = [&](u32 head) noexcept {
+  u32 warp_key = block_key + warp * Rows::rows;
+  const u32 staged =
+      base + (shape.resident ? shape.tiles * Tile::bytes : 0) + warp * Rows::staged_bytes;
+  const auto stage_keys = [&]() noexcept {
+    Rows::stage(staged,
+                [&](u32 r) noexcept { return segment.key_row(smaller(warp_key + r, length - 1)); });
+    commit_copies();
+  };
+  Rows mine;
+  float bias[Tiles][2] = {};
+  float total[Tiles][2] = {};
+  u32 plain_first = 0;
+  u32 plain_end = 0;
+  const auto take_keys = [&]() noexcept {
+    mine.load(staged);
+    plain_first = own.seen_from(segment.position(smaller(warp_key + Rows::rows, length) - 1));
+    plain_end = own.seen_until(segment.position(smaller(warp_key, length - 1)));
+    if constexpr (!Plain) {
 #pragma unroll
       for (u32 m = 0; m < Tiles; ++m) {
 #pragma unroll
         for (u32 half = 0; half < 2; ++half) {
-          float sum = total[m][half];
-          sum += __shfl_xor_sync(full_warp, sum, 1);
-          sum += __shfl_xor_sync(full_warp, sum, 2);
-          total[m][half] = 0.0f;
-          const u32 key = warp_key + m * 16 + half * 8 + lane / 4;
-          if (lane % 4 != 0 || key >= length) continue;
-          const u32 heads = shape.per_head ? cache.group_size : 1;
-          float* to = shape.totals + (static_cast<u64>(s) * heads + head) * shape.stride + key;
-          *to = shape.add ? *to + sum * shape.factor : sum * shape.factor;
+          const u32 key = smaller(warp_key + m * 16 + half * 8 + lane / 4, length - 1);
+          bias[m][half] = segment.mass_bias(key) * log2_e;
         }
       }
-    };
-
-    const bool fits = tiles <= shape.stages;
-    if (!resident) {
-      const u32 known = fits ? tiles : 2;
-      for (u32 tile = 0; tile < known; ++tile) keep(tile, look_up(tile));
-      __syncthreads();
-      for (u32 tile = 0; tile < (fits ? tiles : 1); ++tile) fetch(tile);
-      // Only queries that don't depend on the keys may stay for the next ones.
-      resident = fits && shape.stages * tile_rows >= own.count * cache.group_size;
-      if (fits) {
-        wait_for_copies<0>();
-        __syncthreads();
+    }
+  };
+  const auto write = [&](u32 head) noexcept {
+    const u32 heads = shape.per_head ? cache.group_size : 1;
+#pragma unroll
+    for (u32 m = 0; m < Tiles; ++m) {
+#pragma unroll
+      for (u32 half = 0; half < 2; ++half) {
+        float sum = total[m][half];
+        sum += __shfl_xor_sync(full_warp, sum, 1);
+        sum += __shfl_xor_sync(full_warp, sum, 2);
+        total[m][half] = 0.0f;
+        const u32 key = warp_key + m * 16 + half * 8 + lane / 4;
+        if (lane % 4 != 0 || key >= length) continue;
+        float* to = shape.totals + (static_cast<u64>(s) * heads + head) * shape.stride + key;
+        *to = shape.add ? *to + sum * shape.factor : sum * shape.factor;
       }
     }
+  };
+  // One element with all that may be special about it.
+  const auto received = [&](float product, u32 key, float b, u32 row, float minus) noexcept {
+    if (row >= stream.rows) return 0.0f;
+    u32 query = 0;
     u32 head = 0;
-    for (u32 tile = 0; tile < tiles; ++tile) {
-      const u32 stage = tile % ring;
-      Row coming{};
-      if (!fits) {
-        if (tile + 1 < tiles) {
-          fetch(tile + 1);
-          wait_for_copies<1>();
-        } else {
-          wait_for_copies<0>();
+    stream.find(row, query, head);
+    if (query >= stream.end) return 0.0f;
+    const i32 at = segment.position(smaller(key, length - 1));
+    if (at > own.last_seen(query) || at < own.first_seen(query)) return 0.0f;
+    return totals.probability(logits.template logit<Plain>(product, b), minus, cache, s, query,
+                              head);
+  };
+  /// The warp's keys with 16 rows of a tile.
+  const auto add_pair = [&](u32 row, u32 at, const float* minus, bool exact,
+                            float(&sums)[Tiles][2]) noexcept {
+    float product[Tiles][2][4];
+    mine.template multiply<E>(at, product);
+#pragma unroll
+    for (u32 n = 0; n < 2; ++n) {
+      const u32 column = n * 8 + lane % 4 * 2;
+      const float2 shifts = *reinterpret_cast<const float2*>(minus + column);
+#pragma unroll
+      for (u32 m = 0; m < Tiles; ++m) {
+#pragma unroll
+        for (u32 half = 0; half < 2; ++half) {
+          const float x0 = product[m][n][half * 2];
+          const float x1 = product[m][n][half * 2 + 1];
+          const float b = bias[m][half];
+          if (!exact) {
+            sums[m][half] += logits.template power<Plain>(x0, b, shifts.x);
+            sums[m][half] += logits.template power<Plain>(x1, b, shifts.y);
+          } else {
+            const u32 key = warp_key + m * 16 + half * 8 + lane / 4;
+            sums[m][half] += received(x0, key, b, row + column, shifts.x);
+            sums[m][half] += received(x1, key, b, row + column + 1, shifts.y);
+          }
         }
-        __syncthreads();
-        coming = look_up(tile + 2);
       }
-      const char* from = shared + tile % shape.stages * SharedTile<Width>::bytes;
+    }
+  };
+  u32 head = 0;
+  u32 head_end = 0;
+  const auto add_tile = [&](u32 tile, u32 stage) noexcept {
+    const u32 from = tile * tile_rows;
+    const u32 to = smaller(from + tile_rows, stream.rows);
+    const u32 at = base + stage * Tile::bytes;
+    const float* minus = shift[tile % resident_tiles];
+    // Rows behind the last query have nothing that makes them 0 where they stream by.
+    const bool masked = !stream.within(from, to, plain_first, plain_end) ||
+                        (!shape.resident && !stream.per_head && to - from < tile_rows);
+    // Each head's rows by themselves where each has a total. NaN is looked into element by element.
+    const u32 step = shape.per_head ? 16 : tile_rows;
+    for (u32 row = from; row < to; row += step) {
+      if (shape.per_head && row == head_end) {
+        write(head);
+        ++head;
+        head_end += stream.span;
+      }
+      const bool padded =
+          stream.per_head && row + step == head_end && stream.end - stream.first < stream.span;
+      bool exact = masked || padded;
+      float sums[Tiles][2] = {};
+      if (!exact) {
 #pragma unroll 1
-      for (u32 pair = 0; pair < tile_rows / 16; ++pair) {
-        const u32 pair_row = tile * tile_rows + pair * 16;
-        if (pair_row >= rows) break;
-        float product[Tiles][2][4];
-        multiply_pair<E>(fragments, from, pair, product);
+        for (u32 r = row; r < smaller(row + step, to); r += 16) {
+          add_pair(r, at + (r - from) * Tile::stride, minus + (r - from), false, sums);
+        }
+        float all = 0.0f;
 #pragma unroll
-        for (u32 n = 0; n < 2; ++n) {
-          const u32 column = pair * 16 + n * 8 + lane % 4 * 2;
-          const u32 octet = pair_row + n * 8;
-          if (shape.per_head && octet < rows && octet / span != head) {
-            write(head);
-            head = octet / span;
-          }
-          const float2 minus = *reinterpret_cast<const float2*>(&shift[stage][column]);
-          const int2 from_position = *reinterpret_cast<const int2*>(&first_seen[stage][column]);
-          const int2 to_position = *reinterpret_cast<const int2*>(&last_seen[stage][column]);
-          const bool all_seen = __all_sync(
-              full_warp, smaller(to_position.x, to_position.y) >= most_position &&
-                             larger(from_position.x, from_position.y) <= least_position &&
-                             minus.x == minus.x && minus.y == minus.y);
+        for (u32 m = 0; m < Tiles; ++m) all += sums[m][0] + sums[m][1];
+        exact = __any_sync(full_warp, all != all);
+      }
+      if (exact) {
 #pragma unroll
-          for (u32 m = 0; m < Tiles; ++m) {
-#pragma unroll
-            for (u32 half = 0; half < 2; ++half) {
-              const float b = bias[m][half];
-              float p0;
-              float p1;
-              if (all_seen) {
-                p0 = exp2_approximate(
-                    logits.template exponent<Capped>(product[m][n][half * 2], b + minus.x));
-                p1 = exp2_approximate(
-                    logits.template exponent<Capped>(product[m][n][half * 2 + 1], b + minus.y));
-              } else {
-                const float x0 = logits.template exponent<Capped>(product[m][n][half * 2], b);
-                const float x1 = logits.template exponent<Capped>(product[m][n][half * 2 + 1], b);
-                const auto received = [&](float x, float shifted, u32 j) noexcept {
-                  if (shifted == shifted) return exp2_approximate(x + shifted);
-                  const u32 row = tile * tile_rows + column + j;
-                  const u64 at = totals_at + row / span * own.count + first_query + row % span;
-                  return x != x ? x : x == INFINITY ? totals.share[at] : 0.0f;
-                };
-                const i32 key = key_position[m][half];
-                p0 = key > to_position.x || key < from_position.x ? 0.0f : received(x0, minus.x, 0);
-                p1 = key > to_position.y || key < from_position.y ? 0.0f : received(x1, minus.y, 1);
-              }
-              total[m][half] += p0 + p1;
-            }
-          }
+        for (u32 m = 0; m < Tiles; ++m) sums[m][0] = sums[m][1] = 0.0f;
+#pragma unroll 1
+        for (u32 r = row; r < smaller(row + step, to); r += 16) {
+          add_pair(r, at + (r - from) * Tile::stride, minus + (r - from), true, sums);
         }
       }
-      if (!fits) {
-        keep(tile + 2, coming);
-        __syncthreads();
+#pragma unroll
+      for (u32 m = 0; m < Tiles; ++m) {
+        total[m][0] += sums[m][0];
+        total[m][1] += sums[m][1];
       }
     }
-    if (shape.per_head && tiles == 0) {
-      for (u32 h = 0; h < cache.group_size; ++h) write(h);
-    } else {
-      write(head);
+  };
+  const auto write_rest = [&]() noexcept {
+    const u32 heads = shape.per_head && tiles == 0 ? cache.group_size : head + 1;
+    for (; head < heads; ++head) write(head);
+    head = 0;
+    head_end = stream.span;
+  };
+  head_end = stream.span;
+
+  stage_keys();
+  if (shape.resident) {
+    for (u32 tile = 0; tile < tiles; ++tile) fetch(tile, tile);
+    wait_for_copies<0>();
+    __syncthreads();
+    while (warp_key < length) {
+      take_keys();
+      __syncwarp();
+      const u32 key = warp_key;
+      warp_key += gridDim.y * sum_warps * Rows::rows;
+      if (warp_key < length) stage_keys();  // behind the products
+      const u32 next = warp_key;
+      warp_key = key;
+      for (u32 tile = 0; tile < tiles; ++tile) add_tile(tile, tile);
+      write_rest();
+      warp_key = next;
+      wait_for_copies<0>();
+      __syncwarp();
     }
-    if (fits && !resident) __syncthreads();  // the next keys bring other queries
+    return;
   }
+  wait_for_copies<0>();
+  __syncwarp();
+  take_keys();
+  __syncthreads();  // the queries come to the same place
+  for (u32 tile = 0; tile + 1 < stages; ++tile) fetch(tile, tile);
+  for (u32 tile = 0; tile < tiles; ++tile) {
+    wait_for_copies<stages - 2>();
+    __syncthreads();
+    fetch(tile + stages - 1, (tile + stages - 1) % stages);
+    add_tile(tile, tile % stages);
+  }
+  write_rest();
 }
 
 }  // namespace detail

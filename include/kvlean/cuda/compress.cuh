@@ -101,6 +101,20 @@ __global__ void observers_kernel(const CacheView cache, const Queries queries,
   observers.segment(s)[t] = count;
 }
 
+/// The next positions of the compressed sequences, by one block.
+KVLEAN_DEVICE void write_next_positions(const PlanView& plan, const CacheView& cache,
+                                        const CacheView& destination, u32 thread) noexcept {
+  if (destination.next_positions == nullptr) return;
+  for (u32 q = thread; q < destination.num_sequences; q += blockDim.x) {
+    if (plan.next_position >= 0) {
+      destination.next_positions[q] = plan.next_position;
+    } else if (cache.next_positions != nullptr &&
+               cache.next_positions != destination.next_positions) {
+      destination.next_positions[q] = cache.next_positions[q];
+    }
+  }
+}
+
 /// What one block does before rows move: checks capacities, and where all is well writes lengths
 /// and next positions; other blocks zero `turns`.
 template <int = 0>
@@ -128,15 +142,66 @@ __global__ void __launch_bounds__(1024)
   for (u32 s = threadIdx.x; s < plan.segments; s += 1024) {
     destination.lengths[s] = plan.length[s];
   }
-  if (destination.next_positions == nullptr) return;
-  for (u32 q = threadIdx.x; q < destination.num_sequences; q += 1024) {
-    if (plan.next_position >= 0) {
-      destination.next_positions[q] = plan.next_position;
-    } else if (cache.next_positions != nullptr &&
-               cache.next_positions != destination.next_positions) {
-      destination.next_positions[q] = cache.next_positions[q];
+  write_next_positions(plan, cache, destination, threadIdx.x);
+}
+
+/// Everything that carrying out an eviction takes, where there are at most move_threads segments:
+/// every block finds out by itself where its segment goes and whether all fit. Blocks (slots,
+/// segment); the first of a segment also writes what describes it.
+template <u32 Lanes>
+__global__ void __launch_bounds__(move_threads)
+    gather_all_kernel(const PlanView plan, const CacheView cache, const CacheView destination,
+                      const FlatPool pool, bool packs, u32 slack, u32 key_bytes, u32 value_bytes,
+                      ErrorWord error) {
+  __shared__ u64 sums[2][move_threads / warp_threads];
+  wait_for_previous();
+  allow_next();
+  const u32 s = blockIdx.y;
+  const u32 count = plan.length[s];
+  const u32 first = blockIdx.x * (move_threads / Lanes) * slots_in_flight;
+  if (first >= count && blockIdx.x != 0) return;
+  const bool leads = blockIdx.x == 0 && threadIdx.x == 0;
+  Segment to;
+  bool fits = true;
+  u64 begin = 0;
+  u64 all = 0;
+  if (packs) {
+    const u64 room = threadIdx.x < plan.segments ? u64{plan.length[threadIdx.x]} + slack : 0;
+    const u64 before = warp_sum(threadIdx.x < s ? room : 0);
+    const u64 total = warp_sum(room);
+    if (threadIdx.x % warp_threads == 0) {
+      sums[0][threadIdx.x / warp_threads] = before;
+      sums[1][threadIdx.x / warp_threads] = total;
+    }
+    __syncthreads();
+#pragma unroll
+    for (u32 w = 0; w < move_threads / warp_threads; ++w) {
+      begin += sums[0][w];
+      all += sums[1][w];
+    }
+    fits = all <= pool.slots;
+    to = packed_segment(pool, destination, cache.segments[s], begin, count + slack);
+  } else {
+    fits = threadIdx.x >= plan.segments ||
+           plan.length[threadIdx.x] <= destination.segments[threadIdx.x].capacity;
+    fits = __syncthreads_and(fits ? 1 : 0) != 0;
+    to = destination.segments[s];
+  }
+  if (!fits && leads && s == 0) report(error, StatusCode::destination_too_small);
+  if (!fits || has_failed(error)) return;
+  if (leads) {
+    destination.lengths[s] = count;
+    if (packs) {
+      destination.segments[s] = to;
+      if (pool.cu_lengths != nullptr) {
+        pool.cu_lengths[s] = static_cast<i32>(begin);
+        if (s == 0) pool.cu_lengths[plan.segments] = static_cast<i32>(all);
+      }
     }
   }
+  if (blockIdx.x == 0 && s == 0) write_next_positions(plan, cache, destination, threadIdx.x);
+  if (first >= count) return;
+  gather_slots<Lanes>(plan, s, count, first, cache.segments[s], to, key_bytes, value_bytes);
 }
 
 /// Where the rows of a plan go.
@@ -147,8 +212,8 @@ struct Target {
   bool in_place = false;
 };
 
-/// apply() and apply_in_place() with fewer launches: one before the rows, one or two that move
-/// them, one more where the destination is packed.
+/// apply() and apply_in_place() with fewer launches: one where rows only move elsewhere; otherwise
+/// one before the rows, one or two that move them, one more where the destination is packed.
 [[nodiscard]] inline Status carry_out(const Context& context, const PlanView& plan,
                                       const CacheView& cache, const Target& target,
                                       const Rotation& rotation) noexcept {
@@ -161,6 +226,20 @@ struct Target {
     turns_count = 1 + turns.chunks * plan.segments;
     KVLEAN_RETURN_IF_ERROR(context.workspace.status());
   }
+  const bool rewrites = rewrites_rows(plan, cache);
+  const u32 lanes = larger(cache.key_row_bytes(), cache.value_row_bytes()) <= 256 ? 16 : 32;
+  const u32 slots = move_threads / lanes * slots_in_flight;
+  if (!target.in_place && !rewrites && plan.segments <= move_threads) {
+    const bool packs = target.pool != nullptr;
+    if (packs) KVLEAN_RETURN_IF_ERROR(check_pool(*target.pool, to));
+    return launch(context,
+                  {.grid = dim3(larger(ceil_div(plan.max_slots, slots), 1u), plan.segments),
+                   .block = move_threads,
+                   .overlap = true},
+                  lanes == 16 ? gather_all_kernel<16> : gather_all_kernel<32>, plan, cache, to,
+                  packs ? *target.pool : FlatPool{}, packs, target.slack, cache.key_row_bytes(),
+                  cache.value_row_bytes(), context.error);
+  }
   if (target.pool != nullptr) {
     KVLEAN_RETURN_IF_ERROR(
         pack_segments(context, plan.length, target.slack, *target.pool, cache, to));
@@ -170,7 +249,6 @@ struct Target {
                                 begin_apply_kernel<>, plan, cache, to, turns.ticket, turns_count,
                                 context.error));
   const u32* error = context.error;
-  const bool rewrites = rewrites_rows(plan, cache);
   if (rewrites) {
     KVLEAN_RETURN_IF_ERROR(fold(context, plan, cache, to, target.in_place, rotation));
   }
@@ -187,8 +265,6 @@ struct Target {
                   turns, error);
   }
   if (rewrites) return StatusCode::ok;
-  const u32 lanes = larger(cache.key_row_bytes(), cache.value_row_bytes()) <= 256 ? 16 : 32;
-  const u32 slots = move_threads / lanes * slots_in_flight;
   return launch(context,
                 {.grid = dim3(ceil_div(plan.max_slots, slots), plan.segments),
                  .block = move_threads,
@@ -429,8 +505,8 @@ template <class S, class R>
 /// Compresses all layers and sequences of a step within the cache's own memory: plan and apply in
 /// one call. Puts kernels on the caller's stream and nothing else: no allocation, no wait, no read
 /// back, so it can be captured in a graph and replayed on whatever the cache then holds. Eviction
-/// with ready scores takes three launches (short segments) to eight; score() and reduce() say what
-/// they add.
+/// with ready scores takes two launches (short segments, elsewhere) to eight; score() and reduce()
+/// say what they add.
 ///
 /// `seen` must hold what the scorer reads; H2OScorer and ExternalScorer read ready-made scores
 /// where they lie. Lengths and next positions are written on the device; the host never learns the

@@ -62,25 +62,25 @@ KVLEAN_DEVICE void multiply_floats(FloatTiles& tiles, u32 width, Row&& row, Colu
   }
 }
 
-/// As row_sums_kernel, 64 rows a block.
+/// As row_sums_kernel, 64 rows a block. Blocks (row tile * splits + split, segment).
 template <DType D, bool Capped>
 __global__ void __launch_bounds__(float_threads)
     float_row_sums_kernel(const CacheView cache, const Queries queries, const Attention attention,
                           const LogitSpec logits, const RowTotals totals, const RowSumShape shape) {
   __shared__ FloatTiles tiles;
+  wait_for_previous();
+  allow_next();
   const u32 s = blockIdx.y;
   const u32 length = cache.lengths[s];
   const Segment& segment = cache.segments[s];
   const SegmentQueries own = SegmentQueries::of(cache, queries, attention, s, length);
-  const u32 rows = own.count * cache.group_size;
+  const u32 group = cache.group_size;
+  const u32 rows = own.count * group;
   const u32 first_row = blockIdx.x / shape.splits * float_tile;
   const u32 split = blockIdx.x % shape.splits;
   if (first_row >= rows) return;
-  const u32 my_row = first_row + threadIdx.x;
-  const bool has_row = threadIdx.x < float_tile && my_row < rows;
-  const u32 my_query = has_row ? my_row % own.count : 0;
-  const SeenRange seen =
-      seen_range(segment, length, has_row, own.first_seen(my_query), own.last_seen(my_query));
+  const SeenRange seen = SeenRange::of(segment, length, own, first_row / group,
+                                       (smaller(first_row + float_tile, rows) - 1) / group);
   const u32 key_tiles = ceil_div(seen.end - seen.begin, float_tile);
   const u32 each = ceil_div(key_tiles, shape.splits);
   const u32 begin = seen.begin + smaller(split * each, key_tiles) * float_tile;
@@ -96,7 +96,7 @@ __global__ void __launch_bounds__(float_threads)
         tiles, cache.key_width,
         [&](u32 r) noexcept -> const char* {
           const u32 row = first_row + r;
-          return row < rows ? own.row(row / own.count, row % own.count) : nullptr;
+          return row < rows ? own.row(row % group, row / group) : nullptr;
         },
         [&](u32 c) noexcept -> const char* {
           return token + c < end ? segment.key_row(token + c) : nullptr;
@@ -104,7 +104,7 @@ __global__ void __launch_bounds__(float_threads)
         product);
 #pragma unroll
     for (u32 i = 0; i < 4; ++i) {
-      const u32 query = smaller(first_row + y * 4 + i, rows - 1) % own.count;
+      const u32 query = smaller(first_row + y * 4 + i, rows - 1) / group;
       const i32 first = own.first_seen(query);
       const i32 last = own.last_seen(query);
       float exponents[4];
@@ -131,25 +131,23 @@ __global__ void __launch_bounds__(float_threads)
     if (shape.parts != nullptr) {
       shape.parts[(static_cast<u64>(s) * shape.splits + split) * totals.row_stride + row] = mine;
     } else {
-      const u32 query_heads = cache.kv_heads * cache.group_size;
-      write_row_sum(mine,
-                    attention.sink_logits != nullptr
-                        ? attention.sink_logits + cache.layer_of(s) * query_heads
-                        : nullptr,
-                    cache.head_of(s) * cache.group_size + row / own.count,
-                    s * totals.row_stride + row, totals);
+      write_row_sum(mine, cache, attention, s, row, totals);
     }
   }
 }
 
-/// As column_sums_kernel, 64 keys a block.
+/// As column_sums_kernel, 64 keys a block. Blocks (key tile, segment).
 template <DType D, bool Capped>
 __global__ void __launch_bounds__(float_threads)
     float_column_sums_kernel(const CacheView cache, const Queries queries,
                              const Attention attention, const LogitSpec logits,
                              const RowTotals totals, const ColumnSumShape shape) {
   __shared__ FloatTiles tiles;
+  wait_for_previous();
+  allow_next();
   const u32 s = blockIdx.y;
+  if (shape.clear != nullptr && blockIdx.x == 0 && threadIdx.x < 2)
+    shape.clear[2 * s + threadIdx.x] = 0;
   const u32 length = cache.lengths[s];
   const u32 first_key = blockIdx.x * float_tile;
   if (first_key >= length) return;
@@ -204,19 +202,12 @@ __global__ void __launch_bounds__(float_threads)
         if (q >= last_query) continue;
         const i32 first = own.first_seen(q);
         const i32 last = own.last_seen(q);
-        const u64 at = s * totals.row_stride + static_cast<u64>(head) * own.count + q;
-        const float log2_sum = totals.log2_sum[at];
-        const float share = totals.share[at];
-        const float minus = log2_sum == -INFINITY ? 0.0f : -log2_sum;
+        const float minus = totals.shift(cache, s, own, q, head);
 #pragma unroll
         for (u32 i = 0; i < 4; ++i) {
           if (key_position[i] > last || key_position[i] < first) continue;
           const float exponent = logits.template exponent<Capped>(product[i][j], bias[i]);
-          if (share != 0.0f) {
-            total[i] += exponent != exponent ? exponent : exponent == INFINITY ? share : 0.0f;
-          } else {
-            total[i] += exp2f(exponent + minus);
-          }
+          total[i] += totals.probability(exponent, minus, cache, s, q, head);
         }
       }
     }

@@ -3,6 +3,7 @@
 #pragma once
 
 #include "kvlean/cuda/kvmerger_cosines.cuh"
+#include "kvlean/cuda/kvmerger_distances.cuh"
 #include "kvlean/cuda/merge_weights.cuh"
 #include "kvlean/cuda/select.cuh"
 #include "kvlean/reduce/kvmerger.hpp"
@@ -251,9 +252,12 @@ class MergerRun {
 
   template <DType D, u32 Chunks>
   [[nodiscard]] Status cosines_of(const SetWork& sets, float* cosine, bool masks) noexcept {
-    // Few rows a team where the cache is small: more blocks.
-    const u64 rows_in_all = u64{shape_.segments} * cache_.max_tokens;
-    const u32 rows = rows_in_all >= u64{1} << 19 ? 31 : rows_in_all >= u64{1} << 17 ? 15 : 7;
+    // As many rows a team as leave whole waves of blocks; what is not read for its own sake, the
+    // row behind them, is little then.
+    const u64 wave = u64{multiprocessors()} * cosine_blocks * cosine_teams;  // teams at once
+    const u64 each = ceil_div(u64{shape_.segments} * cache_.max_tokens, wave);
+    const u32 rows_each = static_cast<u32>(ceil_div(each, ceil_div(each, u64{47})));
+    const u32 rows = larger(rows_each, 4u) / 4 * 4 + 3;
     const u32 blocks = ceil_div(larger(cache_.max_tokens, 1u), cosine_teams * rows);
     return chain_.run(u64{shape_.segments} * blocks, cosine_threads, adjacent_cosines<D, Chunks>,
                       sets, cosine, masks, rows, blocks);

@@ -12,6 +12,7 @@ namespace detail {
 
 inline constexpr u32 cosine_threads = 256;
 inline constexpr u32 cosine_lanes = 8;
+inline constexpr u32 cosine_blocks = 3;  // of a multiprocessor
 inline constexpr u32 cosine_teams = cosine_threads / cosine_lanes;
 
 /// The cosine of two keys from their product and norms, as adjacent_cosines() has it.

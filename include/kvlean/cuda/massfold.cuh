@@ -3,9 +3,7 @@
 #pragma once
 
 #include "kvlean/cuda/merge_nearest.cuh"
-#if !defined(KVLEAN_CUDA_EMULATION)
 #include "kvlean/cuda/merge_search.cuh"
-#endif
 #include "kvlean/reduce/massfold.hpp"
 
 KVLEAN_CUDA_NAMESPACE_BEGIN
@@ -48,6 +46,8 @@ struct NearestScratch {
   const std::size_t begin = workspace.mark();
   work.cursor = workspace.take<u32>(all);
   work.announced = workspace.take<u64>(std::size_t{segments} * work.tiles);
+  work.has_extreme = workspace.take<u32>(segments);
+  work.num_unsettled = workspace.take<u32>(segments);
   scratch.zero = work.cursor;
   scratch.zero_bytes = workspace.mark() - begin;
   return scratch;
@@ -71,16 +71,20 @@ struct NearestScratch {
   KVLEAN_RETURN_IF_ERROR(chain.run(segments * work.tiles, cut_threads, number_dropped<>, work));
   return with_dtype(cache.key_dtype, [&](auto dtype) -> Status {
     constexpr DType D = decltype(dtype)::value;
-    const u32 norm_blocks = ceil_div(tokens, 32u);
+    const u32 norm_blocks = ceil_div(tokens, 256 / norm_lanes<D>);
     KVLEAN_RETURN_IF_ERROR(
         chain.run(segments * norm_blocks, 256, invert_norms<D>, work, norm_blocks));
-#if !defined(KVLEAN_CUDA_EMULATION)
-    if constexpr (D != DType::f32) {
-      if (has_tile_search(D, cache.key_width)) return run_tile_search<D>(chain, work);
-    }
-#endif
     const u32 blocks = ceil_div(tokens, search_rows);
-    return chain.run(segments * blocks, search_threads, search_nearest<D>, work, blocks);
+    if constexpr (D != DType::f32) {
+      if (has_tile_search(D, cache.key_width)) {
+        KVLEAN_RETURN_IF_ERROR(run_tile_search<D>(chain, work));
+        // Few are left as a rule: blocks enough to fill a device, which take turns.
+        const u32 enough = ceil_div(2048u, larger(cache.num_segments(), 1u));
+        const u32 few = smaller(blocks, enough);
+        return chain.run(segments * few, search_threads, search_nearest<D>, work, few, true);
+      }
+    }
+    return chain.run(segments * blocks, search_threads, search_nearest<D>, work, blocks, false);
   });
 }
 /// Sorts what was accepted into terms; term_weight gets the cosines.
@@ -153,7 +157,7 @@ KVLEAN_DEVICE void fold_slot(const FoldWork& work, const Segment& segment, u32 s
 
 /// MassFold's weights and log mass: a thread a slot, a warp where many tokens fold into it.
 template <int = 0>
-__global__ void __launch_bounds__(128) fold_slots(const FoldWork work, u32 blocks) {
+__global__ void __launch_bounds__(128) fold_weights(const FoldWork work, u32 blocks) {
   wait_for_previous();
   allow_next();
   const u32 s = blockIdx.x / blocks;
@@ -187,11 +191,11 @@ __global__ void __launch_bounds__(128) fold_slots(const FoldWork work, u32 block
   return counting.bytes_required() + select_bytes_required(cache, options);
 }
 
-/// MassFoldReducer::reduce() for all layers and sequences of a step: the CPU's slots from the same
-/// score bits, and its receivers wherever two slots are not equally similar to float accuracy;
-/// exact ties go to the lower slot. `scores.observers` serves per_observer. 16-bit keys 64, 96, 128
-/// or 256 wide are compared by tensor cores, others by plain arithmetic, some twenty times slower.
-/// O(dropped * kept * d).
+/// MassFoldReducer::reduce() for all layers and sequences of a step: from the same score bits the
+/// CPU's slots and receivers, ties included, as what decides is computed in the CPU's order of
+/// additions. `scores.observers` serves per_observer. Of 16-bit keys 64, 96, 128 or 256 wide tensor
+/// cores find the few slots that may be nearest. Others, and tokens with many slots equally near,
+/// are compared by plain arithmetic, some thirty times slower. O(dropped * kept * d).
 ///
 /// Errors, at once: invalid_option, null_pointer, invalid_shape, shape_mismatch, needs_log_mass
 /// (the plan has no room for it), destination_too_small, workspace_too_small, launch_failed; on the
@@ -231,7 +235,7 @@ __global__ void __launch_bounds__(128) fold_slots(const FoldWork work, u32 block
   fold.log_mass = reducer.log_mass;
   const u32 blocks = ceil_div(larger(smaller(plan.max_slots, cache.max_tokens), 1u), 128u);
   KVLEAN_RETURN_IF_ERROR(
-      chain.run(u64{cache.num_segments()} * blocks, 128, detail::fold_slots<>, fold, blocks));
+      chain.run(u64{cache.num_segments()} * blocks, 128, detail::fold_weights<>, fold, blocks));
   out.needs |= needs_changed_values;
   if (reducer.log_mass) out.needs |= needs_log_mass;
   if (options.sharing.kind == SharingKind::whole_pages) {

@@ -29,11 +29,18 @@ struct NearestWork {
   u32* dropped = nullptr;         ///< [segments][stride] token of each number
   u32* num_dropped = nullptr;     ///< [segments]
   float* inverse_norm = nullptr;  ///< [segments][stride] by token; 0: zero or not finite
+  u32* has_extreme = nullptr;     ///< [segments] norms too large or small for tensor cores; zeroed
+  u32* num_unsettled = nullptr;   ///< [segments] dropped tokens that a tile search left; zeroed
   u32* nearest = nullptr;         ///< [segments][stride] slot by number, or no_slot
   float* cosine = nullptr;        ///< [segments][stride] by number
   u32* cursor = nullptr;          ///< [segments][stride] by slot, zeroed
   u64* announced = nullptr;       ///< [segments][tiles], zeroed
   const float* bar = nullptr;     ///< [segments] instead of min_cosine, or null
+
+  /// Numbers of the unsettled tokens, where their terms will be: nobody has written there yet.
+  [[nodiscard]] KVLEAN_DEVICE u32* unsettled(u32 s) const noexcept {
+    return plan.term_token + plan.term(s, 0);
+  }
 
   /// Slots that may receive: [first, end).
   struct Receivers {
@@ -100,32 +107,67 @@ __global__ void __launch_bounds__(cut_threads) number_dropped(const NearestWork 
   }
 }
 
-/// Inverse length of each key: load_unit_key()'s factor. A team of 8 lanes a row.
+// The arithmetic of row_math::dot(): products of 16 lanes are rounded, added up in order, then the
+// lanes pairwise. `Lanes` neighbouring threads share the 16 lanes of a row, 16 / Lanes each.
+
+/// Threads that share a row when each loads 16 bytes at a time.
+template <DType D>
+inline constexpr u32 norm_lanes = 16 / elements_16<D>;
+
+/// Adds the lanes; every thread of the team gets the sum. The whole warp calls.
+template <u32 Lanes>
+[[nodiscard]] KVLEAN_DEVICE float fold_lanes(float (&lane)[16 / Lanes]) noexcept {
+  constexpr u32 own = 16 / Lanes;
+#pragma unroll
+  for (u32 step = Lanes / 2; step != 0; step /= 2) {
+#pragma unroll
+    for (u32 i = 0; i < own; ++i) {
+      lane[i] = __fadd_rn(lane[i], __shfl_xor_sync(full_warp, lane[i], step));
+    }
+  }
+#pragma unroll
+  for (u32 half = 8; half != 0; half /= 2) {
+#pragma unroll
+    for (u32 i = 0; i < 8; ++i) {
+      if (i < half && half < own) lane[i] = __fadd_rn(lane[i], lane[(i + half) % own]);
+    }
+  }
+  return lane[0];
+}
+
+/// Norms between which products and their sums are normal numbers.
+inline constexpr float least_norm = 0x1p-50f;
+inline constexpr float most_norm = 0x1p60f;
+
+/// Inverse length of each key: load_unit_key()'s factor.
 template <DType D>
 __global__ void __launch_bounds__(256) invert_norms(const NearestWork work, u32 blocks) {
+  constexpr u32 each = elements_16<D>;
+  constexpr u32 lanes = norm_lanes<D>;
+  constexpr u32 rows = 256 / lanes;
   wait_for_previous();
   allow_next();
   const u32 s = blockIdx.x / blocks;
-  const u32 token = blockIdx.x % blocks * 32 + threadIdx.x / 8;
-  const u32 lane = threadIdx.x % 8;
+  const u32 token = blockIdx.x % blocks * rows + threadIdx.x / lanes;
+  const u32 lane = threadIdx.x % lanes;
   const u32 length = work.cache.lengths[s];
-  if (blockIdx.x % blocks * 32 >= length) return;
-  float square = 0.0f;
+  if (blockIdx.x % blocks * rows >= length) return;
+  float sum[each] = {};
   if (token < length) {
     const char* row = work.cache.segments[s].key_row(token);
     const u32 row_bytes = work.cache.key_width * element_bytes<D>;
-    for (u32 offset = lane * 16; offset < row_bytes; offset += 128) {
-      float x[elements_16<D>];
+    for (u32 offset = lane * 16; offset < row_bytes; offset += lanes * 16) {
+      float x[each];
       unpack<D>(load_16_constant(row + offset), x);
 #pragma unroll
-      for (u32 i = 0; i < elements_16<D>; ++i) square = fmaf(x[i], x[i], square);
+      for (u32 i = 0; i < each; ++i) sum[i] = __fadd_rn(sum[i], __fmul_rn(x[i], x[i]));
     }
   }
-  square = sum_lanes<8>(square);
+  const float norm = __fsqrt_rn(fold_lanes<lanes>(sum));
   if (token >= length || lane != 0) return;
-  const float norm = __fsqrt_rn(square);
   const bool usable = norm > 0.0f && norm <= 3.402823466e38f;
   work.inverse_norm[s * work.stride + token] = usable ? __fdiv_rn(1.0f, norm) : 0.0f;
+  if (usable && !(norm >= least_norm && norm <= most_norm)) work.has_extreme[s] = 1;
 }
 
 /// A similarity and its slot; better() is find_nearest_kept()'s order.
@@ -137,19 +179,17 @@ struct Best {
   }
 };
 
-/// Writes what a search found for dropped token number `i`. `best.value` is the product with the
-/// unit key of the slot.
+/// Writes what a search found for dropped token number `i`. `best.value` is the cosine.
 KVLEAN_DEVICE void store_nearest(const NearestWork& work, u32 s, u32 i, u32 token, Best best,
                                  const NearestWork::Receivers& receivers) noexcept {
   const u64 at = s * work.stride + i;
-  const float own = work.inverse_norm[s * work.stride + token];
   float cosine = -2.0f;
   u32 slot = no_slot;
   if (receivers.first < receivers.end) {
     // A zero or broken key is equally far from all: the first receives.
-    slot = own != 0.0f && best.slot != no_slot ? best.slot : receivers.first;
-    cosine = own != 0.0f && best.slot != no_slot ? best.value * own : 0.0f;
-    cosine = smaller(larger(cosine, -1.0f), 1.0f);
+    const bool found = work.inverse_norm[s * work.stride + token] != 0.0f && best.slot != no_slot;
+    slot = found ? best.slot : receivers.first;
+    cosine = found ? smaller(larger(best.value, -1.0f), 1.0f) : 0.0f;
   }
   work.nearest[at] = slot;
   work.cosine[at] = cosine;
@@ -159,92 +199,106 @@ KVLEAN_DEVICE void store_nearest(const NearestWork& work, u32 s, u32 i, u32 toke
 
 inline constexpr u32 search_threads = 256;
 inline constexpr u32 search_rows = 32;   // dropped tokens of a block
-inline constexpr u32 search_slots = 64;  // slots of a tile
+inline constexpr u32 search_slots = 32;  // slots of a tile
 inline constexpr u32 search_chunk = 32;  // elements at a time
 
-/// The search with plain arithmetic: any type, any width. A lane has a dropped token, a warp 8
-/// slots of each tile.
+/// The search in the CPU's own arithmetic, bit for bit: any type, any width. A lane has a dropped
+/// token, a warp 4 slots of each tile. With `unsettled`, only those tokens.
 template <DType D>
 __global__ void __launch_bounds__(search_threads)
-    search_nearest(const NearestWork work, u32 blocks) {
+    search_nearest(const NearestWork work, u32 blocks, bool unsettled) {
   constexpr u32 each = elements_16<D>;
-  constexpr u32 per_warp = search_slots / (search_threads / warp_threads);
+  constexpr u32 warps = search_threads / warp_threads;
+  constexpr u32 per_warp = search_slots / warps;
+  constexpr u32 stride = search_chunk + 4;  // 16-byte aligned, rows in different banks
   __shared__ float row[search_chunk][search_rows + 1];
-  __shared__ float key[search_slots][search_chunk + 1];
-  __shared__ float found_value[search_threads / warp_threads][search_rows];
-  __shared__ u32 found_slot[search_threads / warp_threads][search_rows];
+  alignas(16) __shared__ float key[search_slots][stride];
+  __shared__ float found_value[warps][search_rows];
+  __shared__ u32 found_slot[warps][search_rows];
   wait_for_previous();
   allow_next();
   const u32 s = blockIdx.x / blocks;
-  const u32 first = blockIdx.x % blocks * search_rows;
-  const u32 count = work.num_dropped[s];
-  if (first >= count) return;
-  const Segment segment = work.cache.segments[s];
+  const u32 count = unsettled ? work.num_unsettled[s] : work.num_dropped[s];
   const u32 width = work.cache.key_width;
   const u32* dropped = work.dropped + s * work.stride;
   const u32* anchor = work.plan.anchor + work.plan.slot(s, 0);
   const float* inverse = work.inverse_norm + s * work.stride;
-  const NearestWork::Receivers receivers = work.receivers(s);
   const u32 lane = threadIdx.x % warp_threads;
   const u32 warp = threadIdx.x / warp_threads;
-  Best best;
-  for (u32 slot = receivers.first; slot < receivers.end; slot += search_slots) {
-    float sum[per_warp] = {};
-    for (u32 from = 0; from < width; from += search_chunk) {
-      constexpr u32 pieces = search_chunk / each;
-      __syncthreads();
-      for (u32 i = threadIdx.x; i < (search_rows + search_slots) * pieces; i += search_threads) {
-        const u32 r = i / pieces;
-        const u32 element = from + i % pieces * each;
-        const bool is_row = r < search_rows;
-        float x[each] = {};
-        if (element < width) {
-          if (is_row && first + r < count) {
-            unpack<D>(
-                load_16_constant(segment.key_row(dropped[first + r]) + element * element_bytes<D>),
-                x);
-          } else if (!is_row && slot + r - search_rows < receivers.end) {
-            const u32 token = anchor[slot + r - search_rows];
-            if (inverse[token] != 0.0f) {
+  for (u32 first = blockIdx.x % blocks * search_rows; first < count;
+       first += blocks * search_rows) {
+    const Segment segment = work.cache.segments[s];
+    const NearestWork::Receivers receivers = work.receivers(s);
+    const auto number = [&](u32 r) noexcept {
+      return unsettled ? work.unsettled(s)[first + r] : first + r;
+    };
+    Best best;
+    for (u32 slot = receivers.first; slot < receivers.end; slot += search_slots) {
+      float sum[per_warp][16] = {};
+      for (u32 from = 0; from < width; from += search_chunk) {
+        constexpr u32 pieces = search_chunk / each;
+        __syncthreads();
+        for (u32 i = threadIdx.x; i < (search_rows + search_slots) * pieces; i += search_threads) {
+          const u32 r = i / pieces;
+          const u32 element = from + i % pieces * each;
+          const bool is_row = r < search_rows;
+          float x[each] = {};
+          const bool is_there = is_row ? first + r < count : slot + r - search_rows < receivers.end;
+          if (element < width && is_there) {
+            const u32 token = is_row ? dropped[number(r)] : anchor[slot + r - search_rows];
+            const float factor = inverse[token];
+            if (factor != 0.0f) {
               unpack<D>(load_16_constant(segment.key_row(token) + element * element_bytes<D>), x);
+#pragma unroll
+              for (u32 k = 0; k < each; ++k) x[k] = __fmul_rn(x[k], factor);
+            }
+          }
+#pragma unroll
+          for (u32 k = 0; k < each; ++k) {
+            if (is_row) {
+              row[i % pieces * each + k][r] = x[k];
+            } else {
+              key[r - search_rows][i % pieces * each + k] = x[k];
             }
           }
         }
+        __syncthreads();
+#pragma unroll 1
+        for (u32 part = 0; part < search_chunk; part += 16) {
 #pragma unroll
-        for (u32 k = 0; k < each; ++k) {
-          if (is_row) {
-            row[i % pieces * each + k][r] = x[k];
-          } else {
-            key[r - search_rows][i % pieces * each + k] = x[k];
+          for (u32 k = 0; k < 16; k += 4) {
+            float mine[4];
+#pragma unroll
+            for (u32 e = 0; e < 4; ++e) mine[e] = row[part + k + e][lane];
+#pragma unroll
+            for (u32 i = 0; i < per_warp; ++i) {
+              const float4 other =
+                  *reinterpret_cast<const float4*>(&key[warp * per_warp + i][part + k]);
+              sum[i][k] = __fadd_rn(sum[i][k], __fmul_rn(mine[0], other.x));
+              sum[i][k + 1] = __fadd_rn(sum[i][k + 1], __fmul_rn(mine[1], other.y));
+              sum[i][k + 2] = __fadd_rn(sum[i][k + 2], __fmul_rn(mine[2], other.z));
+              sum[i][k + 3] = __fadd_rn(sum[i][k + 3], __fmul_rn(mine[3], other.w));
+            }
           }
         }
       }
-      __syncthreads();
-#pragma unroll 4
-      for (u32 k = 0; k < search_chunk; ++k) {
-        const float mine = row[k][lane];
 #pragma unroll
-        for (u32 i = 0; i < per_warp; ++i) {
-          sum[i] = fmaf(mine, key[warp * per_warp + i][k], sum[i]);
-        }
+      for (u32 i = 0; i < per_warp; ++i) {
+        const u32 candidate = slot + warp * per_warp + i;
+        const float value = fold_lanes<1>(sum[i]);
+        if (candidate < receivers.end && value > best.value) best = Best{value, candidate};
       }
     }
-#pragma unroll
-    for (u32 i = 0; i < per_warp; ++i) {
-      const u32 candidate = slot + warp * per_warp + i;
-      if (candidate >= receivers.end) continue;
-      const float value = sum[i] * inverse[anchor[candidate]];
-      if (value > best.value) best = Best{value, candidate};
+    __syncthreads();
+    found_value[warp][lane] = best.value;
+    found_slot[warp][lane] = best.slot;
+    __syncthreads();
+    if (warp == 0 && first + lane < count) {
+      for (u32 w = 1; w < warps; ++w) best.add(Best{found_value[w][lane], found_slot[w][lane]});
+      const u32 i = number(lane);
+      store_nearest(work, s, i, dropped[i], best, receivers);
     }
   }
-  found_value[warp][lane] = best.value;
-  found_slot[warp][lane] = best.slot;
-  __syncthreads();
-  if (warp != 0 || first + lane >= count) return;
-  for (u32 w = 1; w < search_threads / warp_threads; ++w) {
-    best.add(Best{found_value[w][lane], found_slot[w][lane]});
-  }
-  store_nearest(work, s, first + lane, dropped[first + lane], best, receivers);
 }
 
 /// Counts the terms of each slot where the bar was not known before. One thread a dropped token.

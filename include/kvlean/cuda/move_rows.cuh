@@ -27,20 +27,13 @@ KVLEAN_DEVICE void write_slot_numbers(const PlanView& plan, const Segment& from,
   }
 }
 
-/// Copies anchors' rows and numbers to slots elsewhere. Blocks (slots, segment).
+/// Copies the rows and numbers of slots [first, first + slots) of segment s, `count` slots long, to
+/// slots elsewhere. A team of lanes copies slots_in_flight rows at a time.
 template <u32 Lanes>
-__global__ void __launch_bounds__(move_threads)
-    gather_kernel(const PlanView plan, const CacheView cache, const CacheView destination,
-                  u32 key_bytes, u32 value_bytes, const u32* error) {
-  wait_for_previous();
-  allow_next();
+KVLEAN_DEVICE void gather_slots(const PlanView& plan, u32 s, u32 count, u32 first,
+                                const Segment& from, const Segment& to, u32 key_bytes,
+                                u32 value_bytes) noexcept {
   constexpr u32 teams = move_threads / Lanes;
-  const u32 s = blockIdx.y;
-  const u32 count = plan.length[s];
-  const u32 first = blockIdx.x * teams * slots_in_flight;
-  if (first >= count || has_failed(error)) return;
-  const Segment from = cache.segments[s];
-  const Segment to = destination.segments[s];
   const u32 team = threadIdx.x / Lanes;
   const u32 lane = threadIdx.x % Lanes;
   u32 token[slots_in_flight];
@@ -75,6 +68,21 @@ __global__ void __launch_bounds__(move_threads)
     const u64 at = plan.slot(s, j);
     write_slot_numbers(plan, from, to, at, j, plan.anchor[at]);
   }
+}
+
+/// Copies anchors' rows and numbers to slots elsewhere. Blocks (slots, segment).
+template <u32 Lanes>
+__global__ void __launch_bounds__(move_threads)
+    gather_kernel(const PlanView plan, const CacheView cache, const CacheView destination,
+                  u32 key_bytes, u32 value_bytes, const u32* error) {
+  wait_for_previous();
+  allow_next();
+  const u32 s = blockIdx.y;
+  const u32 count = plan.length[s];
+  const u32 first = blockIdx.x * (move_threads / Lanes) * slots_in_flight;
+  if (first >= count || has_failed(error)) return;
+  gather_slots<Lanes>(plan, s, count, first, cache.segments[s], destination.segments[s], key_bytes,
+                      value_bytes);
 }
 
 /// A lane's 16 bytes of a blend of rows, with the partners' where the result or the sources are

@@ -129,6 +129,9 @@ struct SegmentQueries {
   }
   /// Queries before the first one whose position is at least `limit`. O(log count).
   [[nodiscard]] KVLEAN_DEVICE u32 queries_before(i32 limit) const noexcept {
+    if (positions == nullptr) {
+      return limit <= first ? 0 : smaller(static_cast<u32>(limit) - static_cast<u32>(first), count);
+    }
     u32 low = 0;
     u32 high = count;
     while (low < high) {
@@ -140,6 +143,14 @@ struct SegmentQueries {
       }
     }
     return low;
+  }
+  /// The queries [seen_from, seen_until) see a key with this position.
+  [[nodiscard]] KVLEAN_DEVICE u32 seen_from(i32 position_of_key) const noexcept {
+    return causal ? queries_before(position_of_key) : 0;
+  }
+  [[nodiscard]] KVLEAN_DEVICE u32 seen_until(i32 position_of_key) const noexcept {
+    const i64 past = static_cast<i64>(position_of_key) + window;
+    return window != 0 && past < 0x7fffffff ? queries_before(static_cast<i32>(past)) : count;
   }
 };
 

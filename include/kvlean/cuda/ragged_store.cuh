@@ -22,6 +22,34 @@ struct FlatPool {
 
 namespace detail {
 
+/// The segment that has the pool's slots [first, first + capacity); otherwise as `from`.
+[[nodiscard]] KVLEAN_DEVICE Segment packed_segment(const FlatPool& pool, const CacheView& view,
+                                                   const Segment& from, u64 first,
+                                                   u32 capacity) noexcept {
+  Segment to;
+  to.key_stride = static_cast<i64>(view.key_width) * (view.key_dtype == DType::f32 ? 4 : 2);
+  to.value_stride = static_cast<i64>(view.value_width) * (view.value_dtype == DType::f32 ? 4 : 2);
+  to.keys = static_cast<char*>(pool.keys) + static_cast<i64>(first) * to.key_stride;
+  to.values = static_cast<char*>(pool.values) + static_cast<i64>(first) * to.value_stride;
+  to.positions = pool.positions != nullptr ? pool.positions + first : nullptr;
+  to.log_mass = pool.log_mass != nullptr ? pool.log_mass + first : nullptr;
+  to.capacity = capacity;
+  to.frozen = from.frozen;
+  to.layer = from.layer;
+  to.sequence = from.sequence;
+  to.kv_head = from.kv_head;
+  return to;
+}
+
+/// Whether a pool has what its store needs.
+[[nodiscard]] inline Status check_pool(const FlatPool& pool,
+                                       const CacheView& destination) noexcept {
+  if (pool.keys == nullptr || pool.values == nullptr) return StatusCode::null_pointer;
+  if (destination.has_positions && pool.positions == nullptr) return StatusCode::needs_positions;
+  if (destination.has_log_mass && pool.log_mass == nullptr) return StatusCode::needs_log_mass;
+  return StatusCode::ok;
+}
+
 /// One block. Each thread sums a run of neighbouring segments.
 template <int = 0>
 __global__ void __launch_bounds__(1024)
@@ -47,25 +75,9 @@ __global__ void __launch_bounds__(1024)
   if (!fits && threadIdx.x == 0) report(error, StatusCode::destination_too_small);
   if (!fits || has_failed(error)) return;
   u64 first = partial[threadIdx.x] - sum;
-  const i64 key_bytes =
-      static_cast<i64>(destination.key_width) * (destination.key_dtype == DType::f32 ? 4 : 2);
-  const i64 value_bytes =
-      static_cast<i64>(destination.value_width) * (destination.value_dtype == DType::f32 ? 4 : 2);
   for (u32 s = begin; s < end; ++s) {
-    const Segment& from = cache.segments[s];
-    Segment to;
-    to.keys = static_cast<char*>(pool.keys) + static_cast<i64>(first) * key_bytes;
-    to.values = static_cast<char*>(pool.values) + static_cast<i64>(first) * value_bytes;
-    to.key_stride = key_bytes;
-    to.value_stride = value_bytes;
-    to.positions = pool.positions != nullptr ? pool.positions + first : nullptr;
-    to.log_mass = pool.log_mass != nullptr ? pool.log_mass + first : nullptr;
-    to.capacity = lengths[s] + slack;
-    to.frozen = from.frozen;
-    to.layer = from.layer;
-    to.sequence = from.sequence;
-    to.kv_head = from.kv_head;
-    destination.segments[s] = to;
+    const u32 room = lengths[s] + slack;
+    destination.segments[s] = packed_segment(pool, destination, cache.segments[s], first, room);
     if (pool.cu_lengths != nullptr) pool.cu_lengths[s] = static_cast<i32>(first);
     first += u64{lengths[s]} + slack;
   }
@@ -184,12 +196,9 @@ __global__ void __launch_bounds__(1024)
                                           const CacheView& destination) noexcept {
   KVLEAN_RETURN_IF_ERROR(check_cache(cache));
   KVLEAN_RETURN_IF_ERROR(check_cache(destination));
-  if (lengths == nullptr || pool.keys == nullptr || pool.values == nullptr) {
-    return StatusCode::null_pointer;
-  }
+  if (lengths == nullptr) return StatusCode::null_pointer;
   if (destination.num_segments() != cache.num_segments()) return StatusCode::shape_mismatch;
-  if (destination.has_positions && pool.positions == nullptr) return StatusCode::needs_positions;
-  if (destination.has_log_mass && pool.log_mass == nullptr) return StatusCode::needs_log_mass;
+  KVLEAN_RETURN_IF_ERROR(detail::check_pool(pool, destination));
   return launch(context, {.grid = 1, .block = 1024, .overlap = true},
                 detail::pack_segments_kernel<>, lengths, cache.num_segments(), slack, pool, cache,
                 destination, context.error);

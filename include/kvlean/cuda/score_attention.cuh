@@ -26,6 +26,23 @@ KVLEAN_DEVICE void raise_best(u32* best, u32 key) noexcept {
   if (threadIdx.x % warp_threads == 0 && key != 0) atomicMax(best, key);
 }
 
+/// Whether this block is the last of `blocks` that come here; what the others wrote can be read
+/// then. The counter begins at 0.
+[[nodiscard]] KVLEAN_DEVICE bool is_last_block(u32* counter, u32 blocks) noexcept {
+  __shared__ bool last;
+  __threadfence();
+  __syncthreads();
+  if (threadIdx.x == 0) last = atomicAdd(counter, 1u) == blocks - 1;
+  __syncthreads();
+  __threadfence();
+  return last;
+}
+
+/// Blocks (tokens, segment) of a kernel whose blocks meet at a counter: few enough of them.
+[[nodiscard]] inline dim3 meeting_grid(const CacheView& cache) noexcept {
+  return dim3(smaller(ceil_div(cache.max_tokens, 256u), 128u), cache.num_segments());
+}
+
 /// Queries that could see a token with this position.
 [[nodiscard]] KVLEAN_DEVICE u32 observers_of(const SegmentQueries& own, i32 position) noexcept {
   const u32 first = own.causal ? own.queries_before(position) : 0;
@@ -68,23 +85,25 @@ __global__ void per_observer_kernel(const CacheView cache, const Queries queries
   rank.segment(s)[t] = count != 0 ? x / static_cast<float>(count) : x;
 }
 
-/// A window's sums of one segment, [heads][stride], to mass and rank, and the best rank of the
-/// prefix. Blocks (tokens, segment).
+/// A window's sums of one segment, [heads][stride], to mass and rank. With `best`, two zeros for
+/// each segment, the window's own tokens rank above all others of the layer: the last block sees to
+/// it. Blocks (tokens, segment).
 template <int = 0>
 __global__ void finish_window_kernel(const CacheView cache, const Queries queries,
                                      const float* sums, const float* pooled_rows, u32 heads,
                                      u64 stride, const SnapKVScorer scorer, const Scores scores,
                                      u32* best) {
+  wait_for_previous();
+  allow_next();
   const u32 s = blockIdx.y;
   const u32 length = cache.lengths[s];
-  const u32 t = blockIdx.x * blockDim.x + threadIdx.x;
   const u32 count =
       queries.counts != nullptr ? queries.counts[cache.sequence_of(s)] : queries.count;
   const u32 read = queries.newest != 0 ? smaller(queries.newest, count) : count;
   const u32 prefix = length - smaller(read, length);
   const float scale = 1.0f / static_cast<float>(larger(read, 1u));
   u32 key = 0;
-  if (t < length) {
+  for (u32 t = blockIdx.x * blockDim.x + threadIdx.x; t < length; t += gridDim.x * blockDim.x) {
     const float* sum = sums + static_cast<u64>(s) * heads * stride;
     const auto reduce = [&](auto&& of_head) noexcept {
       float all = of_head(0);
@@ -128,27 +147,22 @@ __global__ void finish_window_kernel(const CacheView cache, const Queries querie
           return pooled([&](u32 i) noexcept { return sum[h * stride + i] * scale; });
         });
       }
-      key = device_score_key(rank);
+      key = larger(key, device_score_key(rank));
     }
     if (scores.mass.data != nullptr) scores.mass.segment(s)[t] = mass;
     scores.rank.segment(s)[t] = rank;
   }
-  if (best != nullptr) raise_best(best + s / cache.kv_heads, key);
-}
-
-/// The window's own tokens rank above all others. Blocks (1, segment).
-template <int = 0>
-__global__ void pin_window_kernel(const CacheView cache, const Queries queries, const u32* best,
-                                  DeviceRagged<float> rank) {
-  const u32 s = blockIdx.y;
-  const u32 length = cache.lengths[s];
-  const u32 count =
-      queries.counts != nullptr ? queries.counts[cache.sequence_of(s)] : queries.count;
-  const u32 read = queries.newest != 0 ? smaller(queries.newest, count) : count;
-  const float top = score_of_key(best[s / cache.kv_heads]);
+  if (best == nullptr) return;
+  const u32 first = s / cache.kv_heads * cache.kv_heads;
+  raise_best(best + 2 * first, key);
+  if (!is_last_block(best + 2 * first + 1, gridDim.x * cache.kv_heads)) return;
+  const float top = score_of_key(__ldcg(best + 2 * first));
   const float pinned = top > -INFINITY ? top + 1.0f : 1.0f;
-  for (u32 i = threadIdx.x; i < smaller(read, length); i += blockDim.x) {
-    rank.segment(s)[length - 1 - i] = pinned;
+  for (u32 i = threadIdx.x; i < cache.kv_heads * read; i += blockDim.x) {
+    const u32 other = first + i / read;
+    const u32 other_length = cache.lengths[other];
+    const u32 back = i % read;
+    if (back < other_length) scores.rank.segment(other)[other_length - 1 - back] = pinned;
   }
 }
 
@@ -164,6 +178,8 @@ __global__ void __launch_bounds__(float_threads)
                        u64 stride) {
   extern __shared__ float probability[];
   __shared__ FloatTiles tiles;
+  wait_for_previous();
+  allow_next();
   const u32 s = blockIdx.y / cache.group_size;
   const u32 head = blockIdx.y % cache.group_size;
   const u32 length = cache.lengths[s];
@@ -200,16 +216,10 @@ __global__ void __launch_bounds__(float_threads)
           float p = 0.0f;
           const i32 at = segment.position(t);
           if (q < own.count && at <= own.last_seen(q) && at >= own.first_seen(q)) {
-            const u64 row = s * totals.row_stride + static_cast<u64>(head) * own.count + q;
             const float exponent =
                 logits.template exponent<Capped>(product[i][j], segment.mass_bias(t) * log2_e);
-            const float share = totals.share[row];
-            if (share != 0.0f) {
-              p = exponent != exponent ? exponent : exponent == INFINITY ? share : 0.0f;
-            } else {
-              const float log2_sum = totals.log2_sum[row];
-              p = exp2f(exponent - (log2_sum == -INFINITY ? 0.0f : log2_sum));
-            }
+            p = totals.probability(exponent, totals.shift(cache, s, own, q, head), cache, s, q,
+                                   head);
           }
           probability[r * pitch + t - begin] = p;
         }
@@ -271,8 +281,8 @@ __global__ void __launch_bounds__(float_threads)
     columns.factor = 1.0f / static_cast<float>(cache.group_size);
   }
   float* pooled = pool_rows ? context.workspace.take<float>(all) : nullptr;
-  const u32 groups = cache.num_segments() / cache.kv_heads;
-  u32* best = scorer.pin_window ? context.workspace.take<u32>(groups) : nullptr;
+  u32* best = scorer.pin_window ? context.workspace.take<u32>(2 * cache.num_segments()) : nullptr;
+  columns.clear = best;
   if (measure) return StatusCode::ok;
   KVLEAN_RETURN_IF_ERROR(context.workspace.status());
   KVLEAN_RETURN_IF_ERROR(sum_rows(context, cache, queries, seen.attention, totals, rows));
@@ -290,7 +300,8 @@ __global__ void __launch_bounds__(float_threads)
                         {.grid = dim3(ceil_div(cache.max_tokens, pooled_tokens),
                                       cache.num_segments() * cache.group_size),
                          .block = float_threads,
-                         .shared_bytes = shared},
+                         .shared_bytes = shared,
+                         .overlap = true},
                         kernel, cache, queries, seen.attention, logits, totals, scorer.kernel,
                         pooled, stride);
       };
@@ -302,34 +313,28 @@ __global__ void __launch_bounds__(float_threads)
     });
     KVLEAN_RETURN_IF_ERROR(status);
   }
-  if (best != nullptr) {
-    KVLEAN_RETURN_IF_ERROR(
-        status_of(cudaMemsetAsync(best, 0, groups * sizeof(u32), context.stream)));
-  }
   SnapKVScorer finish = scorer;
   if (summed) {  // the group is summed already, and so is its pooling
     finish.group = GroupReduction::sum;
     finish.order = PoolOrder::query_mean_group_pool;
   }
-  KVLEAN_RETURN_IF_ERROR(
-      launch(context, {.grid = token_grid(cache), .block = 256}, finish_window_kernel<>, cache,
-             queries, static_cast<const float*>(columns.totals), static_cast<const float*>(pooled),
-             heads, stride, finish, scores, best));
-  if (best == nullptr) return StatusCode::ok;
-  return launch(context, {.grid = dim3(1, cache.num_segments()), .block = 32}, pin_window_kernel<>,
-                cache, queries, static_cast<const u32*>(best), scores.rank);
+  return launch(context, {.grid = meeting_grid(cache), .block = 256, .overlap = true},
+                finish_window_kernel<>, cache, queries, static_cast<const float*>(columns.totals),
+                static_cast<const float*>(pooled), heads, stride, finish, scores, best);
 }
 
-/// mass = mean of the layer's rows, matched by position; the best of all but the last token.
-/// Blocks (tokens, segment).
+/// mass = mean of the layer's rows, matched by position. With `pin`, the last token ranks above all
+/// others of its segment: the last block sees to it. `best`: two zeros for each segment. Blocks
+/// (tokens, segment).
 template <int = 0>
 __global__ void mean_over_layer_kernel(const CacheView cache, const float* rows, u64 stride,
-                                       float factor, const Scores scores, u32* best) {
+                                       float factor, const Scores scores, u32* best, bool pin) {
+  wait_for_previous();
+  allow_next();
   const u32 s = blockIdx.y;
   const u32 length = cache.lengths[s];
-  const u32 t = blockIdx.x * blockDim.x + threadIdx.x;
   u32 key = 0;
-  if (t < length) {
+  for (u32 t = blockIdx.x * blockDim.x + threadIdx.x; t < length; t += gridDim.x * blockDim.x) {
     const u32 first = s / cache.kv_heads * cache.kv_heads;
     const Segment& segment = cache.segments[s];
     float sum = 0.0f;
@@ -347,17 +352,13 @@ __global__ void mean_over_layer_kernel(const CacheView cache, const float* rows,
     sum *= factor;
     scores.rank.segment(s)[t] = sum;
     if (scores.mass.data != nullptr) scores.mass.segment(s)[t] = sum;
-    if (t + 1 < length) key = device_score_key(sum);
+    if (t + 1 < length) key = larger(key, device_score_key(sum));
   }
-  raise_best(best + s, key);
-}
-template <int = 0>
-__global__ void pin_last_kernel(const CacheView cache, const u32* best, DeviceRagged<float> rank) {
-  const u32 s = blockIdx.x * blockDim.x + threadIdx.x;
-  if (s >= cache.num_segments()) return;
-  const u32 length = cache.lengths[s];
-  const float top = score_of_key(best[s]);
-  if (length > 1 && top > -INFINITY) rank.segment(s)[length - 1] = top + 1.0f;
+  if (!pin) return;
+  raise_best(best + 2 * s, key);
+  if (!is_last_block(best + 2 * s + 1, gridDim.x) || threadIdx.x != 0) return;
+  const float top = score_of_key(__ldcg(best + 2 * s));
+  if (length > 1 && top > -INFINITY) scores.rank.segment(s)[length - 1] = top + 1.0f;
 }
 
 [[nodiscard]] inline Status score_last(const Context& context, const CacheView& cache,
@@ -370,20 +371,16 @@ __global__ void pin_last_kernel(const CacheView cache, const u32* best, DeviceRa
   ColumnSumShape columns;
   columns.stride = ceil_div(u64{cache.max_tokens}, u64{32}) * 32;
   columns.totals = context.workspace.take<float>(cache.num_segments() * columns.stride);
-  u32* best = context.workspace.take<u32>(cache.num_segments());
+  u32* best = context.workspace.take<u32>(2 * cache.num_segments());
+  columns.clear = best;
   if (measure) return StatusCode::ok;
   KVLEAN_RETURN_IF_ERROR(context.workspace.status());
   KVLEAN_RETURN_IF_ERROR(sum_rows(context, cache, queries, seen.attention, totals, rows));
   KVLEAN_RETURN_IF_ERROR(sum_columns(context, cache, queries, seen.attention, totals, columns));
-  KVLEAN_RETURN_IF_ERROR(
-      status_of(cudaMemsetAsync(best, 0, cache.num_segments() * sizeof(u32), context.stream)));
   const float factor = 1.0f / static_cast<float>(cache.kv_heads * cache.group_size);
-  KVLEAN_RETURN_IF_ERROR(
-      launch(context, {.grid = token_grid(cache), .block = 256}, mean_over_layer_kernel<>, cache,
-             static_cast<const float*>(columns.totals), columns.stride, factor, scores, best));
-  if (!scorer.pin_last) return StatusCode::ok;
-  return launch(context, {.grid = ceil_div(cache.num_segments(), 128u), .block = 128},
-                pin_last_kernel<>, cache, static_cast<const u32*>(best), scores.rank);
+  return launch(context, {.grid = meeting_grid(cache), .block = 256, .overlap = true},
+                mean_over_layer_kernel<>, cache, static_cast<const float*>(columns.totals),
+                columns.stride, factor, scores, best, scorer.pin_last);
 }
 
 [[nodiscard]] inline Status check_window(const CacheView& cache, const Queries& queries,
@@ -434,9 +431,8 @@ __global__ void pin_last_kernel(const CacheView cache, const u32* best, DeviceRa
 }
 
 /// The window's attention, pooled: kvlean::SnapKVScorer with all its options; scores.mass may be
-/// absent. Six launches and a memset for all layers and sequences; five where queries.lse is given.
-/// Max pooling of single queries (PoolOrder::pool_query_mean_group) runs in binary32 without tensor
-/// cores.
+/// absent. Four launches for all layers and sequences; two where queries.lse is given. Max pooling
+/// of single queries (PoolOrder::pool_query_mean_group) runs in binary32 without tensor cores.
 /// Errors: those of check_cache and check_queries, null_pointer, invalid_option (even kernel, or
 /// one above 257 for max pooling of single queries), workspace_too_small, launch_failed.
 [[nodiscard]] inline Status score(const Context& context, const CacheView& cache,

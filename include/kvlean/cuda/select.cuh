@@ -308,6 +308,7 @@ class SelectRun {
     shape.block = dim3(cut_threads);
     shape.cluster = cache_.kv_heads;
     shape.shared_bytes = small_shared_bytes(shape_.max_tokens);
+    shape.overlap = true;
     KVLEAN_RETURN_IF_ERROR(raise_shared_bytes(select_small<>, shape.shared_bytes));
     return launch(context_, shape, select_small<>, limits, scores_,
                   emit_work(shape_.fused ? out_.limit : nullptr));

@@ -6,8 +6,9 @@
 #include "kvlean/cuda/emit.cuh"
 
 // Selection for short segments in one launch: a block holds the keys of one segment in shared
-// memory, a cluster is the heads of one layer of one sequence. The same passes as cut_pass() and
-// emit_anchors().
+// memory, a cluster is the heads of one layer of one sequence. As cut_pass() and emit_anchors(),
+// but in four passes of 8 bits, each decided by one warp: few barriers, and little to read in the
+// other blocks' memory.
 
 KVLEAN_CUDA_NAMESPACE_BEGIN
 
@@ -19,18 +20,22 @@ inline constexpr u32 small_tokens = 16384;
 inline constexpr u32 small_tokens_of_many = 49152;
 inline constexpr u32 many_segments = 64;
 
-/// Shared memory of a block, followed by the keys of its candidates.
+inline constexpr u32 small_levels = 4;
+inline constexpr u32 small_bins = 256;
+inline constexpr u32 small_each = small_bins / warp_threads;  // bins of a lane, the highest first
+
+/// Shared memory of a block, followed by the keys of its tokens.
 struct SmallShared {
   LimitWork limits;  // of this cluster's heads alone
   u32 arrays[7][small_heads];
   u64 remainder[small_heads];
   CutState entry[small_heads];
   SelectRange range[small_heads];
-  CutScratch scratch;
-  u32 histogram[cut_bins];
-  u32 competing[2][cut_bins];  // one is written while other blocks read the other
-  u32 taken_before[TileMarks::runs];
-  u32 equal_before[TileMarks::runs];
+  CutState state;
+  FinalCut cut;
+  u32 partial[2][cut_threads / warp_threads];
+  alignas(16) u32 histogram[small_levels][small_bins];
+  alignas(16) u32 competing[2][small_bins];  // one is written while other blocks read the other
 };
 [[nodiscard]] constexpr std::size_t small_shared_bytes(u32 max_tokens) noexcept {
   return sizeof(SmallShared) + std::size_t{max_tokens} * sizeof(u32);
@@ -43,105 +48,191 @@ struct SmallShared {
   return max_tokens <= most && small_shared_bytes(max_tokens) <= most_shared_bytes();
 }
 
-/// One pass over the keys in shared memory, and the group's digit where the segment competes.
-template <u32 Level>
-KVLEAN_DEVICE void small_pass(SmallShared& shared, const u32* keys, u32 count, u32 heads,
-                              bool group_competes, CutState& state, u32& digit) noexcept {
-  constexpr u32 bins = bins_of(Level);
-  constexpr u32 shift = cut_shift(Level);
-  constexpr u32 each = bins / cut_threads;
-  u32* histogram = shared.histogram;
+/// A lane's bins of a histogram in shared memory, the highest first.
+KVLEAN_DEVICE void load_bins(const u32* histogram, u32 (&count)[small_each]) noexcept {
+  static_assert(small_each == 8);
+  const uint4* from = reinterpret_cast<const uint4*>(
+      histogram + (small_bins - small_each * (threadIdx.x % warp_threads + 1)));
+  const uint4 low = from[0];
+  const uint4 high = from[1];
+  const u32 words[small_each] = {high.w, high.z, high.y, high.x, low.w, low.z, low.y, low.x};
 #pragma unroll
-  for (u32 j = 0; j < each; ++j) histogram[j * cut_threads + threadIdx.x] = 0;
-  if (threadIdx.x == 0) shared.scratch.digit = no_digit;
-  __syncthreads();
+  for (u32 j = 0; j < small_each; ++j) count[j] = words[j];
+}
+
+/// Where a running sum over the bins, from the highest, reaches `wanted`: the same in all lanes.
+struct ReachedBin {
+  bool found = false;
+  u32 bin = 0;
+  u32 higher = 0;  ///< sum of the bins above
+  u32 here = 0;    ///< of the bin
+};
+[[nodiscard]] KVLEAN_DEVICE ReachedBin reach(const u32 (&count)[small_each], u64 wanted) noexcept {
+  u32 sum = 0;
+#pragma unroll
+  for (u32 j = 0; j < small_each; ++j) sum += count[j];
+  const u32 lane = threadIdx.x % warp_threads;
+  u32 running = warp_scan(sum) - sum;
+  ReachedBin mine;
+#pragma unroll
+  for (u32 j = 0; j < small_each; ++j) {
+    if (running < wanted && u64{running} + count[j] >= wanted) {
+      mine = {true, small_bins - 1 - lane * small_each - j, running, count[j]};
+    }
+    running += count[j];
+  }
+  const u32 owners = __ballot_sync(full_warp, mine.found);
+  const u32 owner = owners != 0 ? static_cast<u32>(__ffs(owners)) - 1 : 0;
+  return {owners != 0, __shfl_sync(full_warp, mine.bin, owner),
+          __shfl_sync(full_warp, mine.higher, owner), __shfl_sync(full_warp, mine.here, owner)};
+}
+
+/// One pass over the candidates' keys in shared memory. Leaves the new state in shared memory,
+/// after the last pass the cut. The histogram is zero before.
+template <u32 Level>
+KVLEAN_DEVICE void small_pass(SmallShared& shared, const u32* keys, u32 count, u32 heads, u32 head,
+                              bool group_competes, CutState& state) noexcept {
+  constexpr u32 shift = 24 - 8 * Level;
+  u32* histogram = shared.histogram[Level];
   if (state.mode != cut_none) {
 #pragma unroll 4
     for (u32 i = threadIdx.x; i < count; i += cut_threads) {
       const u32 key = keys[i];
-      if constexpr (Level == 0) {
-        atomicAdd(histogram + (key >> shift), 1u);
-      } else {
-        constexpr u32 known = cut_shift(Level - 1);
-        if (key >> known == state.prefix >> known) {
-          atomicAdd(histogram + (key >> shift & (bins - 1)), 1u);
+      // Above the digit: what is decided.
+      if (Level == 0 || (key ^ state.prefix) >> (shift + 7) >> 1 == 0) {
+        atomicAdd(histogram + (key >> shift & (small_bins - 1)), 1u);
+      }
+    }
+  }
+  __syncthreads();
+  const bool decides = threadIdx.x < warp_threads;
+  const u32 lane = threadIdx.x % warp_threads;
+  u32 mine[small_each];
+  ReachedBin own;
+  u32* competing = shared.competing[Level % 2];
+  if (decides) {
+    load_bins(histogram, mine);
+    if (state.mode != cut_none && state.remaining != 0) own = reach(mine, state.remaining);
+    if (group_competes) {
+#pragma unroll
+      for (u32 j = 0; j < small_each; ++j) {
+        const u32 bin = small_bins - 1 - lane * small_each - j;
+        u32 here = state.mode == cut_joint ? mine[j] : 0;
+        if (own.found && bin > own.bin) here = 0;
+        if (own.found && bin == own.bin && here != 0) {
+          here = own.higher + own.here - state.remaining;
         }
+        competing[bin] = here;
       }
     }
   }
-  __syncthreads();
-  u32 bin_count[each];
-  u32 sum = 0;
-#pragma unroll
-  for (u32 j = 0; j < each; ++j) {
-    bin_count[j] = histogram[bins - 1 - (threadIdx.x * each + j)];
-    sum += bin_count[j];
-  }
-  u32 total = 0;
-  u32 running = block_scan<cut_threads>(sum, reinterpret_cast<u32*>(shared.scratch.scan), total);
-  u32 suffix[each];
-#pragma unroll
-  for (u32 j = 0; j < each; ++j) {
-    const u32 bin = bins - 1 - (threadIdx.x * each + j);
-    const u32 higher = running;
-    running += bin_count[j];
-    suffix[j] = running;
-    histogram[bin] = running;
-    if (state.remaining != 0 && higher < state.remaining && running >= state.remaining) {
-      shared.scratch.digit = bin;
-    }
-  }
-  __syncthreads();
-  state.digit = shared.scratch.digit;
-  if (group_competes) {
-    u32* competing = shared.competing[Level % 2];
-#pragma unroll
-    for (u32 j = 0; j < each; ++j) {
-      const u32 bin = bins - 1 - (threadIdx.x * each + j);
-      u32 here = state.mode == cut_joint ? bin_count[j] : 0;
-      if (state.digit != no_digit && here != 0) {
-        if (bin > state.digit) here = 0;
-        if (bin == state.digit) here = suffix[j] - state.remaining;
-      }
-      competing[bin] = here;
-    }
-    cluster_sync();
-  }
-  digit = 0;
-  u32 bin = state.digit;
-  if (state.mode == cut_joint) {
-    u64 rest = 0;
-    // Neighbouring threads read neighbouring bins of the other blocks, all heads at once. Nobody
-    // reads the other buffer any more.
-    u32* in_group = shared.competing[(Level + 1) % 2];
-#pragma unroll
-    for (u32 j = 0; j < each; ++j) {
-      const u32 b = j * cut_threads + threadIdx.x;
-      u32 sum_of_heads = 0;
+  if (group_competes) cluster_sync();
+  if (decides && state.mode != cut_none) {
+    ReachedBin at = own;  // the segment's cut in this pass
+    if (state.mode == cut_joint) {
+      u32 of_group[small_each] = {};
 #pragma unroll
       for (u32 h = 0; h < small_heads; ++h) {
-        if (h < heads) sum_of_heads += of_rank(shared.competing[Level % 2], h)[b];
+        if (h >= heads) continue;
+        u32 other[small_each];
+        load_bins(of_rank(competing, h), other);
+#pragma unroll
+        for (u32 j = 0; j < small_each; ++j) of_group[j] += other[j];
       }
-      in_group[b] = sum_of_heads;
+      const ReachedBin group = reach(of_group, state.group_remaining);
+      const u32 digit = group.found ? group.bin : 0;
+      if (own.found && own.bin < digit) {
+        state.mode = cut_own;
+      } else {
+        if (group.found) state.group_remaining -= group.higher;
+        // What the segment has above the group's digit, and there.
+        u32 higher = 0;
+        u32 here = 0;
+#pragma unroll
+        for (u32 j = 0; j < small_each; ++j) {
+          const u32 bin = small_bins - 1 - lane * small_each - j;
+          higher += bin > digit ? mine[j] : 0;
+          here += bin == digit ? mine[j] : 0;
+        }
+        at = {true, digit, warp_sum(higher), warp_sum(here)};
+      }
     }
+    state.remaining = own.found && at.bin == own.bin ? state.remaining - at.higher : 0;
+    state.above += at.higher;
+    state.prefix |= at.bin << shift;
+    if constexpr (Level == small_levels - 1) {
+      u32 ties = state.remaining;
+      if (state.mode == cut_joint) {
+        // Ties go to the heads in order.
+        const u32 there = lane <= head ? of_rank(competing, lane)[at.bin] : 0;
+        const u64 before = warp_sum(lane < head ? there : 0);
+        const u64 left = state.group_remaining > before ? state.group_remaining - before : 0;
+        ties += static_cast<u32>(smaller(u64{__shfl_sync(full_warp, there, head)}, left));
+      }
+      if (lane == 0) shared.cut = FinalCut{state.prefix, ties, state.above, at.here};
+    }
+    if (lane == 0) shared.state = state;
+  }
+  __syncthreads();
+  if (state.mode != cut_none) state = shared.state;
+}
+
+/// Writes a segment's anchors: as TileMarks, with neighbouring items in a thread.
+KVLEAN_DEVICE void emit_small(SmallShared& shared, const EmitWork& out, u32 segment,
+                              const SelectRange& range, const FinalCut& cut, const u32* keys,
+                              bool fits) noexcept {
+  constexpr u32 warps = cut_threads / warp_threads;
+  static_assert(warps <= warp_threads && cut_each == 8);
+  const u32 lane = threadIdx.x % warp_threads;
+  const u32 warp = threadIdx.x / warp_threads;
+  const u32 skipped_ties = cut.key == 0 ? cut.equal - cut.ties : 0;  // of NaN, the oldest go
+  u32* anchor = out.anchor + u64{segment} * out.slot_stride;
+  const u64 row = u64{segment} * out.token_stride;
+  u32 all_taken = 0;
+  u32 all_equal = 0;
+  for (u32 first = 0; first < range.length; first += cut_tile) {
+    const u32 begin = first + threadIdx.x * cut_each;
+    u32 taken = 0;
+    u32 equal = 0;
+#pragma unroll
+    for (u32 j = 0; j < cut_each; ++j) {
+      const u32 item = begin + j;
+      if (item >= range.length) continue;
+      const bool competes = item - range.first < range.count;
+      const u32 key = keys[item];
+      if (!competes || key > cut.key) taken |= 1u << j;
+      if (competes && key == cut.key) equal |= 1u << j;
+    }
+    // Both counts of a tile fit 16 bits.
+    static_assert(cut_tile < 0x10000);
+    const u32 own = static_cast<u32>(__popc(taken)) << 16 | static_cast<u32>(__popc(equal));
+    const u32 inclusive = warp_scan(own);
+    u32* partial = shared.partial[first / cut_tile % 2];
+    if (lane == warp_threads - 1) partial[warp] = inclusive;
     __syncthreads();
-    find_group_digit<Level>([&](u32 b) { return u64{in_group[b]}; }, state.group_remaining,
-                            shared.scratch, digit, rest);
-    if (state.digit != no_digit && state.digit < digit) {
-      state.mode = cut_own;
-    } else {
-      bin = digit;
-      state.group_remaining = rest;
+    const u32 part = warp_scan(lane < warps ? partial[lane] : 0);
+    const u32 total = __shfl_sync(full_warp, part, warps - 1);
+    const u32 earlier = __shfl_sync(full_warp, part, warp != 0 ? warp - 1 : 0);
+    const u32 before = (warp != 0 ? earlier : 0) + inclusive - own;
+    u32 taken_rank = all_taken + (before >> 16);
+    u32 equal_rank = all_equal + (before & 0xffffu);
+#pragma unroll
+    for (u32 j = 0; j < cut_each; ++j) {
+      const u32 item = begin + j;
+      if (item >= range.length) continue;
+      const u32 tie = equal_rank - skipped_ties;  // wraps for those skipped
+      const bool is_equal = (equal >> j & 1) != 0;
+      const bool takes = (taken >> j & 1) != 0 || (is_equal && tie < cut.ties);
+      const u32 slot = taken_rank + (equal_rank < skipped_ties ? 0 : smaller(tie, cut.ties));
+      if (takes && fits) anchor[slot] = item;
+      if (out.keep != nullptr) out.keep[row + item] = takes ? 1 : 0;
+      if (out.slot_of != nullptr) out.slot_of[row + item] = takes ? slot : 0xffffffffu;
+      taken_rank += taken >> j & 1;
+      equal_rank += equal >> j & 1;
     }
+    all_taken += total >> 16;
+    all_equal += total & 0xffffu;
   }
-  if (state.mode != cut_none) {
-    const u32 higher = bin + 1 < bins ? histogram[bin + 1] : 0;
-    state.remaining = bin == state.digit ? state.remaining - higher : 0;
-    state.above += higher;
-    state.prefix |= bin << shift;
-  }
-  state.digit = no_digit;
-  __syncthreads();  // the histogram has been read
 }
 
 /// Allocation and selection of one layer of one sequence. `limits` describes all of them.
@@ -151,35 +242,55 @@ __global__ void __launch_bounds__(cut_threads)
                  const EmitWork out) {
   SmallShared& shared = *dynamic_shared<SmallShared>();
   u32* keys = reinterpret_cast<u32*>(&shared + 1);
-  wait_for_previous();
-  allow_next();
   const u32 heads = limits.kv_heads;
   const u32 head = cluster_rank();
   const u32 group = blockIdx.x / heads;  // layer * num_sequences + sequence
   const u32 segment = group * heads + head;
-  if (threadIdx.x == 0) {
-    // The same work as if this layer of this sequence were all there is; every block does it.
-    LimitWork& mine = shared.limits;
-    mine = limits;
-    mine.arrays = {shared.arrays[0], shared.arrays[1], shared.arrays[2], shared.arrays[3],
-                   shared.arrays[4], shared.arrays[5], shared.arrays[6], shared.remainder};
-    mine.num_layers = 1;
-    mine.num_sequences = 1;
-    mine.segments += group * heads;
-    mine.lengths += group * heads;
-    if (limits.limit != nullptr) mine.limit += group * heads;
-    mine.compete = limits.compete != nullptr ? shared.entry : nullptr;
-    mine.compete_range = shared.range;
-    mine.select = shared.entry;
-    mine.select_range = shared.range;
-  }
-  __syncthreads();
+  u32* histograms = &shared.histogram[0][0];
+#pragma unroll
+  for (u32 i = threadIdx.x; i < small_levels * small_bins; i += cut_threads) histograms[i] = 0;
+  wait_for_previous();
+  allow_next();
   if (threadIdx.x < warp_threads) {
-    const LimitWork& mine = shared.limits;
+    LimitWork& mine = shared.limits;
+    if (threadIdx.x == 0) {
+      // The same work as if this layer of this sequence were all there is; every block does it.
+      mine = limits;
+      mine.arrays = {shared.arrays[0], shared.arrays[1], shared.arrays[2], shared.arrays[3],
+                     shared.arrays[4], shared.arrays[5], shared.arrays[6], shared.remainder};
+      mine.num_layers = 1;
+      mine.num_sequences = 1;
+      mine.segments += group * heads;
+      mine.lengths += group * heads;
+      if (limits.limit != nullptr) mine.limit += group * heads;
+      mine.compete = limits.compete != nullptr ? shared.entry : nullptr;
+      mine.compete_range = shared.range;
+      mine.select = shared.entry;
+      mine.select_range = shared.range;
+    }
+    __syncwarp();
     const GroupWork<WarpTeam> work{WarpTeam{}, mine.arrays, mine.heads_of(0, 0)};
     gather_group(mine, work);
     work.each([&](u32 s) { mine.arrays.value[s] = mine.arrays.nominal[s]; });
     allocate_heads(mine, 0, 0);
+  } else {
+    // Meanwhile the other warps read the scores.
+    constexpr u32 readers = cut_threads - warp_threads;
+    const u32 length = limits.lengths[segment];
+    const float* segment_scores = scores.segment(segment);
+    for (u32 first = threadIdx.x - warp_threads; first < length; first += readers * cut_each) {
+      float values[cut_each];
+#pragma unroll
+      for (u32 j = 0; j < cut_each; ++j) {
+        const u32 i = first + j * readers;
+        if (i < length) values[j] = segment_scores[i];
+      }
+#pragma unroll
+      for (u32 j = 0; j < cut_each; ++j) {
+        const u32 i = first + j * readers;
+        if (i < length) keys[i] = device_score_key(values[j]);
+      }
+    }
   }
   __syncthreads();
   CutState state = shared.entry[head];
@@ -187,54 +298,15 @@ __global__ void __launch_bounds__(cut_threads)
   // Slots to compete for are the group's, so this is the same in every block of the cluster.
   bool group_competes = false;
   if (limits.compete != nullptr) group_competes = state.group_remaining != 0;
-  const float* segment_scores = scores.segment(segment) + range.first;
-  for (u32 first = 0; first < range.count; first += cut_tile) {
-    float values[cut_each];
-#pragma unroll
-    for (u32 j = 0; j < cut_each; ++j) {
-      const u32 i = first + j * cut_threads + threadIdx.x;
-      if (i < range.count) values[j] = segment_scores[i];
-    }
-#pragma unroll
-    for (u32 j = 0; j < cut_each; ++j) {
-      const u32 i = first + j * cut_threads + threadIdx.x;
-      if (i < range.count) keys[i] = device_score_key(values[j]);
-    }
-  }
-  u32 digit = 0;
-  small_pass<0>(shared, keys, range.count, heads, group_competes, state, digit);
-  small_pass<1>(shared, keys, range.count, heads, group_competes, state, digit);
-  small_pass<2>(shared, keys, range.count, heads, group_competes, state, digit);
-
-  FinalCut cut;
-  if (state.mode != cut_none) {
-    const u32 last = state.prefix & (bins_of(2) - 1);
-    cut.key = state.prefix;
-    cut.above = state.above;
-    cut.ties = state.remaining;
-    cut.equal = shared.histogram[last] - (last + 1 < bins_of(2) ? shared.histogram[last + 1] : 0);
-    if (state.mode == cut_joint) {
-      u64 before = 0;
-      for (u32 h = 0; h < head; ++h) before += of_rank(shared.competing[0], h)[digit];
-      const u64 left = state.group_remaining > before ? state.group_remaining - before : 0;
-      cut.ties += static_cast<u32>(smaller(u64{shared.competing[0][digit]}, left));
-    }
-  }
-  if (group_competes) cluster_sync();  // the others have read this block's memory: it may end
-
+  const u32* candidates = keys + range.first;
+  small_pass<0>(shared, candidates, range.count, heads, head, group_competes, state);
+  small_pass<1>(shared, candidates, range.count, heads, head, group_competes, state);
+  small_pass<2>(shared, candidates, range.count, heads, head, group_competes, state);
+  small_pass<3>(shared, candidates, range.count, heads, head, group_competes, state);
+  const FinalCut cut = state.mode != cut_none ? shared.cut : FinalCut{};
   const bool fits = emit_length(out, segment, range, range.length, cut, true);
-  TileCount before;
-  for (u32 first = 0; first < range.length; first += cut_tile) {
-    TileMarks marks;
-    const TileCount tile = marks.mark(
-        range, range.length, first, cut, [&](u32, u32 item) { return keys[item - range.first]; },
-        shared.taken_before, shared.equal_before, shared.scratch.scan);
-    marks.write(out, segment, range, range.length, first, cut, before, shared.taken_before,
-                shared.equal_before, fits);
-    before.taken += tile.taken;
-    before.equal += tile.equal;
-    __syncthreads();  // the runs' sums have been read
-  }
+  emit_small(shared, out, segment, range, cut, keys, fits);
+  if (group_competes) cluster_sync();  // the others have read this block's memory: it may end
 }
 
 }  // namespace detail
