@@ -67,17 +67,22 @@ def h2o_sums(keys, queries, **_):
     return attention.float().sum(dim=-2).view(heads, group, n).mean(dim=1)
 
 
-def adakv_selection(scores, keep, floor, **_):
-    """Ada-KV's budgets and indices: all heads sorted, one top-k over the flattened scores, budgets
-    blended with their floor, then each head's best in order of score."""
+def adakv_choice(scores, keep, floor):
+    """Ada-KV's indices, best first, and budgets: all heads sorted, one top-k over the flattened
+    scores, budgets blended with their floor."""
     heads, n = scores.shape
     base = int(n * keep)
     ordered, index = scores.sort(dim=-1, descending=True)
     best = torch.topk(ordered.flatten(), base * heads).indices
-    counts = torch.zeros(heads, dtype=best.dtype)
+    counts = torch.zeros(heads, dtype=best.dtype, device=scores.device)
     counts.scatter_add_(0, best // n, torch.ones_like(best))
-    lengths = torch.round(counts * (1 - floor) + base * floor).int()
-    return torch.cat([index[head, : int(lengths[head])] for head in range(heads)])
+    return index, torch.round(counts * (1 - floor) + base * floor).int().tolist()
+
+
+def adakv_selection(scores, keep, floor, **_):
+    """Each head's best in order of score, one head after the other."""
+    index, lengths = adakv_choice(scores, keep, floor)
+    return torch.cat([index[head, :length] for head, length in enumerate(lengths)])
 
 
 def turn_keys(keys, index, theta):

@@ -189,6 +189,7 @@ class DeviceArray {
     if (data_ == nullptr || values.size() != count_) allocate(values.size());
     if (!values.empty()) {
       CUDA_REQUIRE(cudaMemcpy(data_, values.data(), bytes(), cudaMemcpyHostToDevice));
+      CUDA_REQUIRE(cudaStreamSynchronize(nullptr));  // pageable: the bytes may still be under way
     }
   }
   void fill_bytes(int byte) { CUDA_REQUIRE(cudaMemset(data_, byte, bytes())); }

@@ -183,6 +183,12 @@ if [ "$bench" = 1 ]; then
     name=$(basename "$file"); run "$name" "$name.log" "$file"
     cat "$logs/$name.log"
   done
+  # The same work in torch, where it is installed for this GPU.
+  if chosen peers && python3 -c 'import sys, torch; sys.exit(not torch.cuda.is_available())' \
+      2> /dev/null; then
+    run "torch's forms" peers.log python3 "$root/bench/peers/gpu_peers.py"
+    cat "$logs/peers.log"
+  fi
 fi
 if [ "$sanitizer" = 1 ]; then
   checker=$(command -v compute-sanitizer || echo "${CUDA_HOME:-/usr/local/cuda}/bin/compute-sanitizer")

@@ -62,7 +62,10 @@ struct ThreadsCommunicator {
     }
     meeting->sum(values);
     *exchanged_bytes += count * sizeof(T);
-    return cudaMemcpy(data, values.data(), count * sizeof(T), cudaMemcpyHostToDevice) == cudaSuccess
+    // On the stream: a plain copy from pageable memory may return before the device has the bytes.
+    return cudaMemcpyAsync(data, values.data(), count * sizeof(T), cudaMemcpyHostToDevice,
+                           stream) == cudaSuccess &&
+                   cudaStreamSynchronize(stream) == cudaSuccess
                ? StatusCode::ok
                : StatusCode::exchange_failed;
   }
