@@ -3,60 +3,12 @@
 # that is not a crash; a small toy run must give the records that scripts rely on, whatever the
 # number of threads.
 #
-#   usage: bench_errors.sh [KVLEAN_BENCH]
+#   usage: bench_errors.sh [KVLEAN-BENCH]
 #
-# KVLEAN_BENCH defaults to kvlean-bench in $KVLEAN_BIN. Exits 0 if no case failed.
+# KVLEAN-BENCH defaults to kvlean-bench in $KVLEAN_BIN. Exits 0 if no case failed.
 set -uo pipefail
-
-if (($# > 1)); then
-  echo "usage: bench_errors.sh [KVLEAN_BENCH]" >&2
-  exit 2
-fi
-if (($# == 0)) && [[ ! -x ${KVLEAN_BIN:-}/kvlean-bench ]]; then
-  echo "skip  everything: kvlean-bench was not built"
-  exit 0
-fi
-bench=$(realpath -e "${1:-${KVLEAN_BIN:-}/kvlean-bench}") || exit 2
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder" || exit 2
-passed=0 failed=0
-
-pass() {
-  echo "ok    $1"
-  ((++passed))
-}
-fail() {
-  echo "FAIL  $1: $2"
-  ((++failed))
-}
-
-# expect NAME PATTERN ARGUMENT...: the run must fail with one line that matches PATTERN.
-expect() {
-  local name=$1 pattern=$2 status lines
-  shift 2
-  "$bench" "$@" >stdout.txt 2>stderr.txt </dev/null
-  status=$?
-  lines=$(wc -l <stderr.txt)
-  if ((status == 0)); then
-    fail "$name" "exit status 0"
-  elif ((status >= 126)); then
-    fail "$name" "exit status $status"
-  elif ((lines != 1)); then
-    fail "$name" "$lines lines on standard error"
-  elif ! grep -qE -- "$pattern" stderr.txt; then
-    fail "$name" "'$(cat stderr.txt)' does not match '$pattern'"
-  else
-    pass "$name: $(cat stderr.txt)"
-  fi
-}
-
-# check NAME COMMAND...: the command must succeed.
-check() {
-  local name=$1
-  shift
-  if "$@" >output.txt 2>&1; then pass "$name"; else fail "$name" "$(head -c 400 output.txt)"; fi
-}
+source "$(dirname "${BASH_SOURCE[0]}")/cases.bash"
+start kvlean-bench "$@"
 
 head -c 5000 /dev/urandom >garbage.safetensors
 : >empty.safetensors
@@ -88,17 +40,17 @@ if [[ -c /dev/full ]]; then
   expect "full device" "cannot write: No space left" "${small[@]}" --json /dev/full
 fi
 
-check "help" "$bench" --help
-check "list" "$bench" --list
-check "toy run" "$bench" --toy --policy full,snapkv,random,cam,massfold --budget 0.5,0.35 \
+check "help" "$program" --help
+check "list" "$program" --list
+check "toy run" "$program" --toy --policy full,snapkv,random,cam,massfold --budget 0.5,0.35 \
   --layers 0,1 --threads 1 --quiet --json one.json --csv one.csv --html one.html --svg one.svg \
   --plan-json plan.json
-check "two threads" "$bench" --toy --policy full,snapkv,random,cam,massfold --budget 0.5,0.35 \
+check "two threads" "$program" --toy --policy full,snapkv,random,cam,massfold --budget 0.5,0.35 \
   --layers 0,1 --threads 2 --quiet --json two.json
-check "equal bytes" "$bench" --toy --policy snapkv,massfold --budget 0.35 --layers 0 --quiet \
+check "equal bytes" "$program" --toy --policy snapkv,massfold --budget 0.35 --layers 0 --quiet \
   --equal-bytes --json equal.json
 # Below the protected count: a line a record, dashes in the table, and no failure.
-check "budget below the protected" "$bench" --toy --policy full,snapkv --budget 0.02 --layers 0 \
+check "budget below the protected" "$program" --toy --policy full,snapkv --budget 0.02 --layers 0 \
   --json skipped.json
 
 if command -v python3 >/dev/null; then
@@ -148,5 +100,4 @@ else
   echo "skip  records: there is no python3"
 fi
 
-echo "$passed passed, $failed failed"
-((failed == 0))
+finish

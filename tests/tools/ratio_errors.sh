@@ -2,60 +2,12 @@
 # kvlean-ratio: bad input must end with exactly one line on standard error and a non-zero exit status
 # that is not a crash; a few quick rows must give the records that scripts rely on.
 #
-#   usage: ratio_errors.sh [KVLEAN_RATIO]
+#   usage: ratio_errors.sh [KVLEAN-RATIO]
 #
-# KVLEAN_RATIO defaults to kvlean-ratio in $KVLEAN_BIN. Exits 0 if no case failed.
+# KVLEAN-RATIO defaults to kvlean-ratio in $KVLEAN_BIN. Exits 0 if no case failed.
 set -uo pipefail
-
-if (($# > 1)); then
-  echo "usage: ratio_errors.sh [KVLEAN_RATIO]" >&2
-  exit 2
-fi
-if (($# == 0)) && [[ ! -x ${KVLEAN_BIN:-}/kvlean-ratio ]]; then
-  echo "skip  everything: kvlean-ratio was not built"
-  exit 0
-fi
-ratio=$(realpath -e "${1:-${KVLEAN_BIN:-}/kvlean-ratio}") || exit 2
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder" || exit 2
-passed=0 failed=0
-
-pass() {
-  echo "ok    $1"
-  ((++passed))
-}
-fail() {
-  echo "FAIL  $1: $2"
-  ((++failed))
-}
-
-# expect NAME PATTERN ARGUMENT...: the run must fail with one line that matches PATTERN.
-expect() {
-  local name=$1 pattern=$2 status lines
-  shift 2
-  "$ratio" "$@" >stdout.txt 2>stderr.txt </dev/null
-  status=$?
-  lines=$(wc -l <stderr.txt)
-  if ((status == 0)); then
-    fail "$name" "exit status 0"
-  elif ((status >= 126)); then
-    fail "$name" "exit status $status"
-  elif ((lines != 1)); then
-    fail "$name" "$lines lines on standard error"
-  elif ! grep -qE -- "$pattern" stderr.txt; then
-    fail "$name" "'$(cat stderr.txt)' does not match '$pattern'"
-  else
-    pass "$name: $(cat stderr.txt)"
-  fi
-}
-
-# check NAME COMMAND...: the command must succeed.
-check() {
-  local name=$1
-  shift
-  if "$@" >output.txt 2>&1; then pass "$name"; else fail "$name" "$(head -c 400 output.txt)"; fi
-}
+source "$(dirname "${BASH_SOURCE[0]}")/cases.bash"
+start kvlean-ratio "$@"
 
 quick=(--quick --threads 1 --row memory_after,allocations_hot,append,snapkv_bf16_torch)
 
@@ -79,9 +31,9 @@ printf '#!/bin/sh\nexit 1\n' >dies && chmod +x dies
 expect "an interpreter that dies" "peers: the Python process ended" "${quick[@]}" --peers \
   --python ./dies
 
-check "help" "$ratio" --help
-check "list" "$ratio" --list
-check "quick rows" "$ratio" "${quick[@]}" --seconds 0.05 --check --json quick.json
+check "help" "$program" --help
+check "list" "$program" --list
+check "quick rows" "$program" "${quick[@]}" --seconds 0.05 --check --json quick.json
 
 if command -v python3 >/dev/null; then
   check "records" python3 - <<'PYTHON'
@@ -109,5 +61,4 @@ else
   echo "skip  records: there is no python3"
 fi
 
-echo "$passed passed, $failed failed"
-((failed == 0))
+finish
