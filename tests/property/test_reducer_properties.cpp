@@ -4,6 +4,7 @@
 #include <algorithm>
 #include <cmath>
 #include <cstring>
+#include <limits>
 #include <random>
 #include <string>
 #include <vector>
@@ -67,6 +68,39 @@ TEST_CASE("Permuting heads permutes the plans of every reducer") {
       INFO(reducer.name);
       for (u32 s = 0; s < 3; ++s) CHECK(anchors(a, (s + 1) % 3) == anchors(b, s));
       CHECK(a.num_terms == b.num_terms);
+    }
+  }
+}
+
+TEST_CASE("Frozen tokens that nobody sees do not hinder any reducer, and stay as they are") {
+  const float unseen[] = {-std::numeric_limits<float>::infinity(),
+                          std::numeric_limits<float>::quiet_NaN()};
+  for (const auto& reducer : reducer_names) {
+    for (const char* scorer : {"h2o", "knorm"}) {
+      INFO(scorer << " with " << reducer.name);
+      RandomLayer layer(2, 70, 9);
+      const RandomLayer before = layer;
+      std::vector<float> mass(std::size_t{2} * 70, 0.25f);
+      mass[1] = unseen[0];
+      mass[70] = unseen[1];
+      auto cache = layer.cache();
+      cache.set_log_mass(Ragged<float>(mass.data(), u64{70})).set_frozen(2);
+      AnyPolicy policy;
+      REQUIRE(make_policy(std::string(scorer) + "+adakv+" + std::string(reducer.name), policy));
+      Workspace workspace;
+      std::vector<u32> lengths(2, 70);
+      cache.set_lengths(lengths.data());
+      REQUIRE(policy.compress(cache, layer.seen(), Budget::fraction(0.5), workspace,
+                              unprotected(4)) == Status());
+      CHECK(lengths[0] + lengths[1] < 140);
+      CHECK(mass[1] == unseen[0]);
+      CHECK(std::isnan(mass[70]));
+      for (u32 s = 0; s < 2; ++s) {
+        const std::size_t at = std::size_t{s} * 70 * layer.dim;
+        const std::size_t bytes = 2 * layer.dim * sizeof(float);
+        CHECK(std::memcmp(&layer.keys[at], &before.keys[at], bytes) == 0);
+        CHECK(std::memcmp(&layer.values[at], &before.values[at], bytes) == 0);
+      }
     }
   }
 }

@@ -216,6 +216,22 @@ TEST_CASE("a frozen token stays as it is", "[plan]") {
   CHECK(validate_plan(builder.plan(), cache.view) == StatusCode::frozen_token_changed);
 }
 
+TEST_CASE("a frozen token that nobody sees stays so", "[plan]") {
+  const float infinity = std::numeric_limits<float>::infinity();
+  TwoHeads cache;
+  cache.view.frozen = 2;
+  std::vector<float> mass(2 * 10, 0.5f);
+  mass[0] = -infinity;
+  mass[11] = not_a_number;
+  cache.view.log_mass = Ragged<float>(mass.data(), 10);
+  PlanBuilder builder{{0, 1, 5, 9}, {0, 1, 7}};
+  builder.log_mass = {-1e30f, 0.5f, 1.0f, 1.0f, 0.5f, -1e30f, 1.0f};
+  REQUIRE(validate_plan(builder.plan(), cache.view) == Status());
+  SECTION("another finite number") { builder.log_mass[0] = -2e30f; }
+  SECTION("infinity is no number for a plan") { builder.log_mass[0] = -infinity; }
+  CHECK(!validate_plan(builder.plan(), cache.view));
+}
+
 TEST_CASE("whole pages are kept or dropped", "[plan]") {
   TwoHeads cache;  // lengths 10 and 8
   const auto check = [&](std::vector<u32> first, std::vector<u32> second) {

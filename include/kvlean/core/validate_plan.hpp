@@ -162,10 +162,11 @@ template <class T>
   if (plan.length[s] < cache.frozen) return StatusCode::frozen_token_changed;
   for (u32 j = 0; j < cache.frozen; ++j) {
     const u64 slot = plan.first[s] + j;
-    const bool same = plan.anchor[slot] == j && !key_blends(plan, slot) &&
-                      !value_changes(plan, slot) &&
-                      (plan.position == nullptr || plan.position[slot] == cache.position(s, j)) &&
-                      (plan.log_mass == nullptr || plan.log_mass[slot] == cache.mass_bias(s, j));
+    const bool same =
+        plan.anchor[slot] == j && !key_blends(plan, slot) && !value_changes(plan, slot) &&
+        (plan.position == nullptr || plan.position[slot] == cache.position(s, j)) &&
+        // Plans hold finite numbers; apply() leaves a frozen token's own as it is.
+        (plan.log_mass == nullptr || plan.log_mass[slot] == cache.finite_mass_bias(s, j));
     if (!same) return StatusCode::frozen_token_changed;
   }
   return StatusCode::ok;
@@ -274,7 +275,8 @@ template <class T>
 /// needs_aligned_terms may be set without need. A next position must lie past every slot's.
 ///
 /// Errors: those of check_cache; frozen_token_changed when a frozen token is dropped, moved,
-/// merged, given another position or log mass, or there are literal rows; needs_rope
+/// merged, given another position or log mass (an infinite one or NaN stands in a plan as
+/// CacheView::finite_mass_bias has it), or there are literal rows; needs_rope
 /// (needs_aligned_terms and a cache without a rotation); invalid_plan otherwise.
 /// O(slots + terms) when terms come in token order, O(slots + terms * log slots) at worst.
 [[nodiscard]] inline Status validate_plan(const CompressionPlan& plan,
