@@ -9,60 +9,8 @@
 # kvlean-eval (it is built only where llama.cpp is) all are. Exits 0 if no case failed.
 set -uo pipefail
 
-if (($# > 2)); then
-  echo "usage: eval_errors.sh [KVLEAN_EVAL [MODEL.gguf]]" >&2
-  exit 2
-fi
-if (($# == 0)) && [[ ! -x ${KVLEAN_BIN:-}/kvlean-eval ]]; then
-  echo "skip  everything: kvlean-eval was not built"
-  exit 0
-fi
-eval_program=$(realpath -e "${1:-${KVLEAN_BIN:-}/kvlean-eval}") || exit 2
-here=$(dirname "$(realpath -e "${BASH_SOURCE[0]}")")
-model=${2:-${KVLEAN_MODEL:-}}
-tiny=$here/../../examples/llama_cpp/model/kvlean-tiny.gguf
-if [[ -z $model && -e $tiny ]]; then model=$tiny; fi
-if [[ -n $model ]]; then model=$(realpath -e "$model") || exit 2; fi
-folder=$(mktemp -d)
-trap 'rm -rf "$folder"' EXIT
-cd "$folder" || exit 2
-passed=0 failed=0 skipped=0
-
-skip() {
-  echo "skip  $1: $2"
-  ((++skipped))
-}
-
-# expect NAME PATTERN COMMAND...: runs the command and checks how it ends. PATTERN is an extended
-# regular expression that the one line must match.
-expect() {
-  local name=$1 pattern=$2 status lines why=
-  shift 2
-  mkdir -p out
-  "$@" >stdout.txt 2>stderr.txt </dev/null
-  status=$?
-  lines=$(wc -l <stderr.txt)
-  if ((status == 0)); then
-    why="exit status 0"
-  elif ((status >= 126)); then
-    why="exit status $status"
-  elif ((lines != 1)); then
-    why="$lines lines on standard error"
-  elif ! grep -qE -- "$pattern" stderr.txt; then
-    why="the line does not match '$pattern'"
-  elif [[ -n $(find out -type f) ]]; then
-    why="a file was left behind"
-  fi
-  if [[ -z $why ]]; then
-    echo "ok    $name: $(cat stderr.txt)"
-    ((++passed))
-  else
-    echo "FAIL  $name: $why"
-    sed 's/^/      /' stderr.txt
-    ((++failed))
-  fi
-  rm -rf out
-}
+source "$(dirname "${BASH_SOURCE[0]}")/cases.bash"
+start_with_model kvlean-eval "$@"
 
 for i in $(seq 400); do
   echo "In experiment $i the rays of light, passing by the edges of bodies, were bent several times."
@@ -76,51 +24,41 @@ printf '{"policy": \n{"policy": 1}\n' >bad.jsonl
 mkdir folder
 any=garbage.gguf
 
-expect "no arguments" "--model is required" "$eval_program" --text text.txt
-expect "unknown option" "nonsense" "$eval_program" --model $any --nonsense
-expect "unknown policy" "unknown policy 'nothing'" \
-  "$eval_program" --model $any --text text.txt --policy nothing
+expect "no arguments" "--model is required" --text text.txt
+expect "unknown option" "nonsense" --model $any --nonsense
+expect "unknown policy" "unknown policy 'nothing'" --model $any --text text.txt --policy nothing
 expect "policy of two parts" "unknown policy 'snapkv\+evict'" \
-  "$eval_program" --model $any --text text.txt --policy snapkv+evict
-expect "unknown baseline" "unknown policy 'nothing'" \
-  "$eval_program" --model $any --text text.txt --baseline nothing
+  --model $any --text text.txt --policy snapkv+evict
+expect "unknown baseline" "unknown policy 'nothing'" --model $any --text text.txt --baseline nothing
 expect "budget of zero" "budget '0' is not a number in \(0, 1\]" \
-  "$eval_program" --model $any --text text.txt --budget 0
-expect "budget not a number" "budget 'half'" \
-  "$eval_program" --model $any --text text.txt --budget 0.5,half
-expect "budget above one" "budget '2'" "$eval_program" --model $any --text text.txt --budget 2
-expect "unknown task" "unknown task 'nothing'" \
-  "$eval_program" --model $any --text text.txt --task nothing
-expect "unknown mode" "mode" "$eval_program" --model $any --text text.txt --mode sometimes
-expect "unknown split" "split" "$eval_program" --model $any --text text.txt --split third
-expect "unknown cache type" "cache-type" \
-  "$eval_program" --model $any --text text.txt --cache-type q8_0
-expect "unknown weights" "weights" "$eval_program" --model $any --text text.txt --weights f16
-expect "no documents" "documents" "$eval_program" --model $any --text text.txt --documents 0
-expect "no threads" "threads" "$eval_program" --model $any --text text.txt --threads 0
-expect "length not a number" "length" "$eval_program" --model $any --text text.txt --length long
-expect "two presets" "exclude each other" "$eval_program" --model $any --quick --smoke
-expect "missing text" "absent.txt: cannot open" "$eval_program" --model $any --text absent.txt
-expect "text is a folder" "cannot read" "$eval_program" --model $any --text folder
-expect "the same text twice" "two texts of this name" \
-  "$eval_program" --model $any --text text.txt text.txt
-expect "text and folder of texts" "exclude each other" \
-  "$eval_program" --model $any --text text.txt --texts folder
-expect "folder without a manifest" "manifest" "$eval_program" --model $any --texts folder
-expect "missing model" "absent.gguf: cannot open" \
-  "$eval_program" --model absent.gguf --text text.txt
-expect "model is a folder" "regular file" "$eval_program" --model folder --text text.txt
-expect "garbage model" "not a GGUF file" "$eval_program" --model garbage.gguf --text text.txt
+  --model $any --text text.txt --budget 0
+expect "budget not a number" "budget 'half'" --model $any --text text.txt --budget 0.5,half
+expect "budget above one" "budget '2'" --model $any --text text.txt --budget 2
+expect "unknown task" "unknown task 'nothing'" --model $any --text text.txt --task nothing
+expect "unknown mode" "mode" --model $any --text text.txt --mode sometimes
+expect "unknown split" "split" --model $any --text text.txt --split third
+expect "unknown cache type" "cache-type" --model $any --text text.txt --cache-type q8_0
+expect "unknown weights" "weights" --model $any --text text.txt --weights f16
+expect "no documents" "documents" --model $any --text text.txt --documents 0
+expect "no threads" "threads" --model $any --text text.txt --threads 0
+expect "length not a number" "length" --model $any --text text.txt --length long
+expect "two presets" "exclude each other" --model $any --quick --smoke
+expect "missing text" "absent.txt: cannot open" --model $any --text absent.txt
+expect "text is a folder" "cannot read" --model $any --text folder
+expect "the same text twice" "two texts of this name" --model $any --text text.txt text.txt
+expect "text and folder of texts" "exclude each other" --model $any --text text.txt --texts folder
+expect "folder without a manifest" "manifest" --model $any --texts folder
+expect "missing model" "absent.gguf: cannot open" --model absent.gguf --text text.txt
+expect "model is a folder" "regular file" --model folder --text text.txt
+expect "garbage model" "not a GGUF file" --model garbage.gguf --text text.txt
 expect "garbage after the magic" "garbage_after_magic.gguf: .*cannot load" \
-  "$eval_program" --model garbage_after_magic.gguf --text text.txt
+  --model garbage_after_magic.gguf --text text.txt
 expect "output folder missing" "cannot write: No such file" \
-  "$eval_program" --model $any --text text.txt --json absent/new.json
-expect "output is a folder" "is a directory" \
-  "$eval_program" --model $any --text text.txt --html folder
-expect "missing records" "absent.jsonl: cannot open" \
-  "$eval_program" --from-records absent.jsonl --json out/new.json
-expect "no records" "no records" "$eval_program" --from-records empty.jsonl --json out/new.json
-expect "broken records" "bad.jsonl" "$eval_program" --from-records bad.jsonl --json out/new.json
+  --model $any --text text.txt --json absent/new.json
+expect "output is a folder" "is a directory" --model $any --text text.txt --html folder
+expect "missing records" "absent.jsonl: cannot open" --from-records absent.jsonl --json out/new.json
+expect "no records" "no records" --from-records empty.jsonl --json out/new.json
+expect "broken records" "bad.jsonl" --from-records bad.jsonl --json out/new.json
 
 if [[ -z $model ]]; then
   for name in "short text" "empty text" "length beyond the model" "task that does not fit" \
@@ -128,14 +66,13 @@ if [[ -z $model ]]; then
     skip "$name" "no model"
   done
 else
-  good=("$eval_program" --model "$model" --text text.txt --length 256 --documents 1
+  good=(--model "$model" --text text.txt --length 256 --documents 1
     --answer-tokens 8 --policy snapkv)
-  expect "short text" "no text is long enough" "$eval_program" --model "$model" --text short.txt --length 256
-  expect "empty text" "no text is long enough" "$eval_program" --model "$model" --text empty.txt --length 256
+  expect "short text" "no text is long enough" --model "$model" --text short.txt --length 256
+  expect "empty text" "no text is long enough" --model "$model" --text empty.txt --length 256
   expect "length beyond the model" "no text is long enough|longer than" \
     "${good[@]}" --length 10000000
-  expect "task that does not fit" "does not fit" \
-    "${good[@]}" --task passkey --length 24 --samples 1
+  expect "task that does not fit" "does not fit" "${good[@]}" --task passkey --length 24 --samples 1
   expect "shard of a wrong form" "'1' is not I/N" "${good[@]}" --shard 1
   expect "shard zero" "'0/2' is not I/N" "${good[@]}" --shard 0/2
   expect "shard past the last" "'3/2' is not I/N" "${good[@]}" --shard 3/2
@@ -145,5 +82,4 @@ else
   expect "broken records to go on with" "bad.jsonl" "${good[@]}" --records bad.jsonl
 fi
 
-echo "$passed passed, $failed failed, $skipped skipped"
-((failed == 0))
+finish
