@@ -88,6 +88,40 @@ inline void multiply_steps(const std::byte* packed, u32 steps) noexcept {
 
 enum class Pass : u8 { maxima, sums, columns };
 
+/// 2^(j / 16) times 1.00000042, and what is left of a polynomial that begins with 1: the largest
+/// relative error for 2^f, f in [0, 1/16), is then least (4.3e-7).
+alignas(64) inline constexpr float sixteenth_powers[16] = {
+    0x1.000008p+0f, 0x1.0b558ep+0f, 0x1.172b8cp+0f, 0x1.2387aep+0f, 0x1.306feap+0f, 0x1.3dea6ep+0f,
+    0x1.4bfdb6p+0f, 0x1.5ab088p+0f, 0x1.6a09f0p+0f, 0x1.7a1152p+0f, 0x1.8ace60p+0f, 0x1.9c4924p+0f,
+    0x1.ae8a06p+0f, 0x1.c199cap+0f, 0x1.d5819ap+0f, 0x1.ea4b08p+0f};
+inline constexpr float sixteenth_polynomial[2] = {0x1.62d408p-1f, 0x1.f6bde2p-3f};
+
+/// y = (16 n + j + 16 f) / 16, 0 <= j < 16 and 0 <= f < 1/16. The lowest bits of what it returns
+/// are j. Infinity gives some j and f.
+inline Vector split_sixteenths(Vector y, Vector& f) noexcept {
+  constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
+  const __m512 large = _mm512_set1_ps(0x1.8p19f);  // the sum keeps four fraction bits
+  const __m512 whole = _mm512_add_round_ps(y.v, large, down);
+  f.v = _mm512_reduce_ps(y.v, 4 << 4 | down);
+  return {whole};
+}
+inline Vector look_up(Vector table, Vector index) noexcept {
+  return {_mm512_permutexvar_ps(_mm512_castps_si512(index.v), table.v)};
+}
+
+/// body(0) to body(count - 1), unrolled early enough for arrays to become registers.
+template <u32 count, class Body>
+[[gnu::always_inline]] inline void each(Body&& body) noexcept {
+  static_assert(count == 1 || count == 2 || count == 4);
+  body(0);
+  if constexpr (count > 1) body(1);
+  if constexpr (count > 2) {
+    body(2);
+    body(3);
+  }
+}
+#define KVLEAN_TILES_INLINE __attribute__((always_inline))
+
 /// What vectors do to a block of products.
 struct Finish {
   float* x = nullptr;       // [16][32]
@@ -96,8 +130,7 @@ struct Finish {
   u32 tokens = 0;           // of the block
   float* result = nullptr;  // largest or sums of all rows; columns: [16][16] sums over lanes
   const float* weights = nullptr;
-  bool fresh = false;  // columns: the first rows of a span
-  bool keep = false;   // columns: powers go back to x
+  bool keep = false;  // columns: powers go back to x
 };
 
 /// Does it, some tokens at a time. What all tokens share, and the rows' results, stay in registers.
@@ -106,21 +139,24 @@ class Finisher {
  public:
   [[gnu::always_inline]] Finisher(const Finish& f, const LaneLogits& logits) noexcept
       : f_(f), logits_(logits), row_(f.pair * lane_rows) {
-    shift0_ = shift1_ = zero();
-    weight0_ = weight1_ = zero();
-    if (f.x == nullptr) return;
-    if (pass != Pass::maxima) {
-      shift0_ = load(logits.minus_shift + row_);
-      shift1_ = load(logits.minus_shift + row_ + lanes);
+    result0_ = result1_ = zero();
+    weight0_ = weight1_ = set1(1.0f);
+    if (pass == Pass::maxima) {
+      result0_ = load(f.result + row_);
+      result1_ = load(f.result + row_ + lanes);
+      return;
     }
-    if (pass == Pass::columns) {
+    shift0_ = load(logits.minus_shift + row_);
+    shift1_ = load(logits.minus_shift + row_ + lanes);
+    if (pass == Pass::columns && !f.keep) {
       weight0_ = load(f.weights + row_);
       weight1_ = load(f.weights + row_ + lanes);
-      before_ = f.fresh ? 0 : 0xffff;
-    } else if (pass == Pass::maxima) {
-      weight0_ = load(f.result + row_);
-      weight1_ = load(f.result + row_ + lanes);
     }
+    roots_ = load(sixteenth_powers);
+    linear0_ = mul(weight0_, set1(sixteenth_polynomial[0]));
+    linear1_ = mul(weight1_, set1(sixteenth_polynomial[0]));
+    square0_ = mul(weight0_, set1(sixteenth_polynomial[1]));
+    square1_ = mul(weight1_, set1(sixteenth_polynomial[1]));
   }
   /// `count` tokens from t on, in eight steps that each take all of them: a processor looks only so
   /// far ahead for work that does not wait. Calls between(i) after step i.
@@ -129,61 +165,60 @@ class Finisher {
     constexpr u32 n = 2 * count;
     float* x = f_.x + t * lane_rows;
     Vector y[n];
-    KVLEAN_SIMD_UNROLL
-    for (u32 i = 0; i < n; ++i) {
+    each<n>([&](u32 i) KVLEAN_TILES_INLINE {
       y[i] = lane_exponent<general>(x + i * lanes, row_ + i % 2 * lanes, f_.first + t + i / 2,
                                     logits_, i % 2 == 0 ? shift0_ : shift1_);
-    }
+    });
     stay<n>(y);
     between(0);
     if (pass == Pass::maxima) {
-      KVLEAN_SIMD_UNROLL
-      for (u32 i = 0; i < n; i += 2) {
-        weight0_ = max(y[i], weight0_);
-        weight1_ = max(y[i + 1], weight1_);
-      }
+      each<n>([&](u32 i) KVLEAN_TILES_INLINE {
+        if (i % 2 == 0) result0_ = max(y[i], result0_);
+        if (i % 2 == 1) result1_ = max(y[i], result1_);
+      });
       for (u32 i = 1; i < 8; ++i) between(i);
       return;
     }
-    Vector whole[n];
-    Vector p[n];
-    KVLEAN_SIMD_UNROLL
-    for (u32 i = 0; i < n; ++i) y[i] = split_power(y[i], whole[i]);
-    stay<n>(y);
+    // 2^y = 2^floor(y) * 2^(j / 16) * 2^f: j counts whole sixteenths, and f is below one.
+    Vector f[n];
+    Vector power[n];
+    each<n>([&](u32 i) KVLEAN_TILES_INLINE { power[i] = split_sixteenths(y[i], f[i]); });
+    stay<n>(power);
+    stay<n>(f);
     between(1);
-    KVLEAN_SIMD_UNROLL
-    for (u32 i = 0; i < n; ++i) p[i] = set1(power_polynomial[0]);
-    KVLEAN_SIMD_UNROLL
-    for (u32 degree = 1; degree < 6; ++degree) {
-      const Vector c = set1(power_polynomial[degree]);
-      KVLEAN_SIMD_UNROLL
-      for (u32 i = 0; i < n; ++i) p[i] = fma(p[i], y[i], c);
-      stay<n>(p);
-      between(1 + degree);
-    }
-    KVLEAN_SIMD_UNROLL
-    for (u32 i = 0; i < n; ++i) p[i] = scale_pow2(p[i], whole[i]);
-    stay<n>(p);
-    between(7);
+    each<n>([&](u32 i) KVLEAN_TILES_INLINE { power[i] = look_up(roots_, power[i]); });
+    stay<n>(power);
+    between(2);
+    each<n>([&](u32 i) KVLEAN_TILES_INLINE { power[i] = scale_pow2(power[i], y[i]); });
+    stay<n>(power);
+    between(3);
+    each<n>([&](u32 i) KVLEAN_TILES_INLINE {
+      y[i] = i % 2 == 0 ? fma(f[i], square0_, linear0_) : fma(f[i], square1_, linear1_);
+    });
+    stay<n>(y);
+    between(4);
+    each<n>([&](u32 i) KVLEAN_TILES_INLINE {
+      y[i] = fma(f[i], y[i], i % 2 == 0 ? weight0_ : weight1_);
+    });
+    stay<n>(y);
+    between(5);
     if (pass == Pass::sums) {
-      KVLEAN_SIMD_UNROLL
-      for (u32 i = 0; i < n; i += 2) {
-        weight0_ = add(weight0_, p[i]);
-        weight1_ = add(weight1_, p[i + 1]);
-      }
-      return;
+      each<n>([&](u32 i) KVLEAN_TILES_INLINE {
+        if (i % 2 == 0) result0_ = fma(power[i], y[i], result0_);
+        if (i % 2 == 1) result1_ = fma(power[i], y[i], result1_);
+      });
+      __asm__ volatile("" : "+v"(result0_.v), "+v"(result1_.v));
+    } else if (f_.keep) {
+      each<n>([&](u32 i) KVLEAN_TILES_INLINE { store(mul(power[i], y[i]), x + i * lanes); });
+    } else {
+      float* sum = f_.result + t * lanes;
+      each<count>([&](u32 i) KVLEAN_TILES_INLINE {
+        const Vector even = fma(power[2 * i], y[2 * i], load(sum + i * lanes));
+        store(fma(power[2 * i + 1], y[2 * i + 1], even), sum + i * lanes);
+      });
     }
-    if (f_.keep) {
-      KVLEAN_SIMD_UNROLL
-      for (u32 i = 0; i < n; ++i) store(p[i], x + i * lanes);
-      return;
-    }
-    float* sum = f_.result + t * lanes;
-    KVLEAN_SIMD_UNROLL
-    for (u32 i = 0; i < n; i += 2) {
-      const Vector before{_mm512_maskz_loadu_ps(before_, sum + i / 2 * lanes)};
-      store(fma(p[i + 1], weight1_, fma(p[i], weight0_, before)), sum + i / 2 * lanes);
-    }
+    between(6);
+    between(7);
   }
   /// Tokens [from, to). Returns the next.
   u32 until(u32 to, u32 from) noexcept {
@@ -193,14 +228,14 @@ class Finisher {
   }
   /// Hands over the rows' results.
   [[gnu::always_inline]] void close() noexcept {
-    if (pass == Pass::columns || f_.x == nullptr) return;
+    if (pass == Pass::columns) return;
     float* result = f_.result + row_;
     if (pass == Pass::sums) {
-      weight0_ = add(load(result), weight0_);
-      weight1_ = add(load(result + lanes), weight1_);
+      result0_ = add(load(result), result0_);
+      result1_ = add(load(result + lanes), result1_);
     }
-    store(weight0_, result);
-    store(weight1_, result + lanes);
+    store(result0_, result);
+    store(result1_, result + lanes);
   }
 
  private:
@@ -214,11 +249,17 @@ class Finisher {
   const Finish& f_;
   const LaneLogits& logits_;
   u32 row_;
-  __mmask16 before_ = 0;
   Vector shift0_;
   Vector shift1_;
-  Vector weight0_;  // or the result
+  Vector result0_;
+  Vector result1_;
+  Vector roots_;
+  Vector weight0_;  // the polynomial times the rows' weights
   Vector weight1_;
+  Vector linear0_;
+  Vector linear1_;
+  Vector square0_;
+  Vector square1_;
 };
 
 /// Both vectors' quarters, added in twos: those of a in the lower half, of b in the upper.
@@ -227,8 +268,8 @@ inline Vector add_quarters(Vector a, Vector b) noexcept {
       _mm512_add_ps(_mm512_shuffle_f32x4(a.v, b.v, 0x88), _mm512_shuffle_f32x4(a.v, b.v, 0xdd))};
 }
 
-/// out[t] += the sum of the lanes of sums[t], for up to 16 tokens.
-inline void add_lanes(const float* sums, u32 tokens, float* out) noexcept {
+/// out[t] += the sum of the lanes of sums[t], for up to 16 tokens. Clears the sums.
+inline void add_lanes(float* sums, u32 tokens, float* out) noexcept {
   Vector quarter[4];  // quarter[i] holds what is left of tokens i, i + 4, i + 8, i + 12
   KVLEAN_SIMD_UNROLL
   for (u32 i = 0; i < 4; ++i) {
@@ -236,6 +277,8 @@ inline void add_lanes(const float* sums, u32 tokens, float* out) noexcept {
     quarter[i] = add_quarters(add_quarters(load(s), load(s + 4 * lanes)),
                               add_quarters(load(s + 8 * lanes), load(s + 12 * lanes)));
   }
+  KVLEAN_SIMD_UNROLL
+  for (u32 i = 0; i < 16; ++i) store(zero(), sums + i * lanes);
   const __m512 a = _mm512_add_ps(_mm512_unpacklo_ps(quarter[0].v, quarter[1].v),
                                  _mm512_unpackhi_ps(quarter[0].v, quarter[1].v));
   const __m512 b = _mm512_add_ps(_mm512_unpacklo_ps(quarter[2].v, quarter[3].v),
@@ -267,20 +310,36 @@ inline void add_mixed_spans(const Finish& f, const PairSpans& own, const TileSpa
   }
 }
 
-/// Fetches a turn's share of the keys ahead, `turns` in all, into the second cache level. An eighth
-/// of the rows is begun with each in turn, as memory serves eight streams faster than one.
-/// (Always inlined: a call that only prefetches is dropped.)
-[[gnu::always_inline]] inline void fetch_keys(const TileKeys& keys, u32 blocks, u32 steps, u32 turn,
-                                              u32 turns) noexcept {
-  const u32 rows = keys.ahead * block_tokens;
-  const u32 share = (rows + turns - 1) / turns;
-  for (u32 n = turn * share; n < (turn + 1) * share && n < rows; ++n) {
-    const u32 row = n % 8 * (rows / 8) + n / 8;
-    const u32 tile = blocks + row / block_tokens;
-    const std::byte* at = keys.tile[tile] + keys.stride[tile] * (row % block_tokens);
-    for (u32 step = 0; step < steps; ++step) __builtin_prefetch(at + step * 64, 0, 2);
+/// Fetches the keys ahead into the second cache level, some rows a turn. An eighth of the rows is
+/// begun with each in turn, as memory serves eight streams faster than one.
+class KeysAhead {
+ public:
+  KeysAhead(const TileKeys& keys, u32 blocks, u32 steps, u32 turns) noexcept
+      : tile_(keys.tile + blocks),
+        stride_(keys.stride + blocks),
+        steps_(steps),
+        rows_(keys.ahead * block_tokens),
+        share_((rows_ + turns - 1) / turns) {}
+  /// (Always inlined: a call that only prefetches is dropped.)
+  [[gnu::always_inline]] void turn() noexcept {
+    const u32 last = rows_ - next_ < share_ ? rows_ : next_ + share_;
+    for (; next_ < last; ++next_) {
+      const u32 row = next_ % 8 * (rows_ / 8) + next_ / 8;
+      const u32 tile = row / block_tokens;
+      const std::byte* at = tile_[tile] + stride_[tile] * (row % block_tokens);
+      for (u32 step = 0; step < key_steps; ++step) __builtin_prefetch(at + step * 64, 0, 2);
+      for (u32 step = key_steps; step < steps_; ++step) __builtin_prefetch(at + step * 64, 0, 2);
+    }
   }
-}
+
+ private:
+  const std::byte* const* tile_;
+  const i64* stride_;
+  u32 steps_;
+  u32 rows_;
+  u32 share_;
+  u32 next_ = 0;
+};
 
 template <Pass pass, bool general>
 inline void run_tiles(const TileRows& rows, const TileKeys& keys, const LaneLogits& logits,
@@ -306,13 +365,16 @@ inline void run_tiles(const TileRows& rows, const TileKeys& keys, const LaneLogi
     return pair + 1 < pairs && own[pair + 1].whole && own[pair + 1].first == own[pair].first;
   };
 
-  Finish before;
+  Finish before;  // no tokens yet
+  before.x = products[1];
+  before.result = pass == Pass::columns ? sums : result;
+  before.weights = weights;
   const u32 steps = rows.steps;
   const u32 terms = rows.terms;
   const std::size_t step_bytes = std::size_t{2} * tile_bytes;
   const std::size_t term_bytes = steps * step_bytes;
   const auto close = [&]() noexcept {
-    if (before.x == nullptr || pass != Pass::columns) return;
+    if (before.tokens == 0 || pass != Pass::columns) return;
     const PairSpans& mine = own[before.pair];
     if (!mine.whole) {
       add_mixed_spans(before, mine, spans);
@@ -321,36 +383,47 @@ inline void run_tiles(const TileRows& rows, const TileKeys& keys, const LaneLogi
     }
   };
 
+  KeysAhead ahead(keys, blocks, steps, 4 * blocks * pairs);
+  const bool regular = steps == key_steps && terms == 1;
   u32 turn = 0;
   for (u32 block = 0; block < blocks; ++block) {
     const std::byte* key = keys.tile[block];
     const i64 stride = keys.stride[block];
-    if (steps <= key_steps) load_keys(key, stride, steps);
+    if (regular) {
+      load_keys(key, stride, key_steps);
+    } else if (steps <= key_steps) {
+      load_keys(key, stride, steps);
+    }
     for (u32 pair = 0; pair < pairs; ++pair, turn ^= 1) {
       clear_tile<0>();
-      fetch_keys(keys, blocks, steps, block * pairs + pair, blocks * pairs);
       clear_tile<1>();
       const std::byte* packed = rows.packed + pair * terms * term_bytes;
       float* x = products[turn];
-      Finisher<pass, general> finish(before, logits);
-      if (before.tokens == block_tokens && steps == key_steps && terms == 1) {
+      if (regular && before.tokens == block_tokens) {
         // Turn by turn: vectors work while tiles do.
+        Finisher<pass, general> finish(before, logits);
         KVLEAN_SIMD_UNROLL
         for (u32 i = 0; i < key_steps; ++i) {
           finish.template tokens<2>(2 * i, [&](u32 at) noexcept {
             if (at == 0) load_tile<2>(packed + i * step_bytes, 64);
-            if (at == 4) multiply_step<0>(i);
+            if (at == 5) multiply_step<0>(i);
           });
+          if (i % 2 == 1) ahead.turn();
         }
         KVLEAN_SIMD_UNROLL
         for (u32 i = 0; i < key_steps; ++i) {
           finish.template tokens<2>(8 + 2 * i, [&](u32 at) noexcept {
             if (at == 0) load_tile<2>(packed + i * step_bytes + tile_bytes, 64);
             if (at == 2 && i == 0) store_tile<0>(x);
-            if (at == 4) multiply_step<1>(i);
+            if (at == 5) multiply_step<1>(i);
           });
+          if (i % 2 == 1) ahead.turn();
         }
+        store_tile<1>(x + lanes);
+        finish.close();
       } else {
+        for (u32 i = 0; i < 4; ++i) ahead.turn();
+        Finisher<pass, general> finish(before, logits);
         u32 token = 0;
         for (u32 step = 0; step < steps; step += key_steps) {
           const u32 here = steps - step < key_steps ? steps - step : key_steps;
@@ -364,20 +437,16 @@ inline void run_tiles(const TileRows& rows, const TileKeys& keys, const LaneLogi
           }
         }
         store_tile<0>(x);
+        store_tile<1>(x + lanes);
+        finish.close();
       }
-      store_tile<1>(x + lanes);
-      finish.close();
       close();
       before.x = x;
       before.pair = pair;
       before.first = block * block_tokens;
       before.tokens = keys.tokens - before.first;
       if (before.tokens > block_tokens) before.tokens = block_tokens;
-      before.result = pass == Pass::columns ? sums : result;
-      before.weights = weights;
-      if (pass != Pass::columns) continue;
-      before.fresh = pair == 0 || !own[pair - 1].whole || own[pair - 1].first != own[pair].first;
-      before.keep = !own[pair].whole;
+      if (pass == Pass::columns) before.keep = !own[pair].whole;
     }
   }
   Finisher<pass, general> finish(before, logits);
