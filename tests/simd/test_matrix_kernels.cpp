@@ -288,3 +288,76 @@ TEST_CASE("tiles at the edge of memory, spans that share them", "[simd]") {
     }
   }
 }
+
+TEST_CASE("powers of tiles, where rows are unit vectors", "[simd]") {
+  const simd::TileKernels* kernels = simd::tile_kernels();
+  if (kernels == nullptr) return;
+  constexpr u32 width = 32;
+  constexpr u32 runs = 40;
+  std::vector<float> units(width * width, 0.0f);
+  for (u32 r = 0; r < width; ++r) units[r * width + r] = 1.0f;
+  GuardedBytes packed(simd::tile_rows_bytes(width, 1, 1));
+  kernels->pack({units.data(), width}, width, width, 1, packed.last());
+  std::vector<float> shift(width, 0.0f);
+  shift[3] = -inf;
+  shift[4] = std::numeric_limits<float>::quiet_NaN();
+  shift[5] = 1e30f;
+  shift[6] = -1e30f;
+  shift[7] = inf;
+  const std::vector<float> weights(width, 0.375f);
+  simd::LaneLogits logits;
+  logits.minus_shift = shift.data();
+  logits.factor = 1.0371f;
+  bool right = true;
+  for (u32 run = 0; run < runs; ++run) {
+    GuardedBytes key_memory(std::size_t{16} * width * 2);
+    std::vector<float> k = normals(std::size_t{16} * width, 7 + run);
+    for (float& x : k) x *= run % 2 == 0 ? 1.0f : 40.0f;
+    const simd::RowKernels& rows = simd::row_kernels();
+    rows.store(k.data(), key_memory.last(), DType::bf16, 16 * width);
+    rows.load(key_memory.last(), DType::bf16, k.data(), 16 * width);
+    const std::byte* tile = key_memory.last();
+    const i64 stride = i64{width} * 2;
+    for (const u32 tokens : {1u, 16u}) {
+      const simd::TileKeys keys{&tile, &stride, tokens, 0};
+      std::vector<float> sums(width, 0.0f);
+      kernels->sums({packed.last(), width, 1, 1}, keys, logits, sums.data());
+      for (u32 r = 0; r < width; ++r) {
+        double sum = 0.0;
+        double largest = 0.0;
+        for (u32 t = 0; t < tokens; ++t) {
+          const double y =
+              static_cast<double>(logits.factor) * static_cast<double>(k[t * width + r]);
+          largest = std::max(largest, std::abs(y));
+          sum += std::exp2(y + static_cast<double>(shift[r]));
+        }
+        const double got = static_cast<double>(sums[r]);
+        if (std::isnan(sum)) {
+          right = right && std::isnan(got);
+        } else if (sum >= 0x1p127) {
+          right = right && got >= 0x1p126;
+        } else {
+          right = right && std::abs(got - sum) <=
+                               (7e-7 + 1.2e-7 * largest + 1e-7 * tokens) * sum + 16 * 0x1p-149;
+        }
+      }
+      // The rows whose shifts are zero.
+      std::vector<float> out(tokens, 0.0f);
+      const simd::TileSpan span{8, width, out.data()};
+      kernels->columns({packed.last(), width, 1, 1}, keys, logits, weights.data(), &span, 1);
+      for (u32 t = 0; t < tokens; ++t) {
+        double sum = 0.0;
+        double largest = 0.0;
+        for (u32 r = 8; r < width; ++r) {
+          const double y =
+              static_cast<double>(logits.factor) * static_cast<double>(k[t * width + r]);
+          largest = std::max(largest, std::abs(y));
+          sum += 0.375 * std::exp2(y);
+        }
+        right = right && (sum >= 0x1p126 || std::abs(static_cast<double>(out[t]) - sum) <=
+                                                (1e-6 + 1.2e-7 * largest) * sum);
+      }
+    }
+  }
+  CHECK(right);
+}

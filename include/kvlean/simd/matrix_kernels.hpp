@@ -85,7 +85,8 @@ struct TileSpan {
 };
 
 /// The same with products made by AMX-BF16 tiles, which never leave the first cache level.
-/// Products of bf16 numbers are exact, their sums are in float. LaneLogits and the arrays of rows
+/// Products of bf16 numbers are exact, their sums are in float. A power is within (7e-7 +
+/// 1.2e-7 |y - shift|) of the exact one, relative. LaneLogits and the arrays of rows
 /// are padded to a multiple of 32 rows; a pad's minus_shift is -inf, its weight 0. Each call sets
 /// up the tiles of its thread and releases them. Only on a CPU that supports Target::amx.
 struct TileKernels {

@@ -88,16 +88,20 @@ inline void multiply_steps(const std::byte* packed, u32 steps) noexcept {
 
 enum class Pass : u8 { maxima, sums, columns };
 
-/// 2^(j / 16) times 1.00000042, and what is left of a polynomial that begins with 1: the largest
-/// relative error for 2^f, f in [0, 1/16), is then least (4.3e-7).
+// Powers of two in fewer multiply-adds than exponential2() takes: beside tiles a processor does
+// only one of 512 bits a cycle, while additions and permutations go elsewhere.
+
+/// 2^(j / 16), times the constant term of a minimax polynomial of degree 2 for 2^f, f in [0, 1/16)
+/// (4.3e-7 relative). What remains of it is 1 + f * (linear + f * square).
 alignas(64) inline constexpr float sixteenth_powers[16] = {
     0x1.000008p+0f, 0x1.0b558ep+0f, 0x1.172b8cp+0f, 0x1.2387aep+0f, 0x1.306feap+0f, 0x1.3dea6ep+0f,
     0x1.4bfdb6p+0f, 0x1.5ab088p+0f, 0x1.6a09f0p+0f, 0x1.7a1152p+0f, 0x1.8ace60p+0f, 0x1.9c4924p+0f,
     0x1.ae8a06p+0f, 0x1.c199cap+0f, 0x1.d5819ap+0f, 0x1.ea4b08p+0f};
 inline constexpr float sixteenth_polynomial[2] = {0x1.62d408p-1f, 0x1.f6bde2p-3f};
 
-/// y = (16 n + j + 16 f) / 16, 0 <= j < 16 and 0 <= f < 1/16. The lowest bits of what it returns
-/// are j. Infinity gives some j and f.
+/// y = n + j / 16 + f, with 0 <= j < 16 and 0 <= f < 1/16. The lowest four bits of what it returns
+/// are j. NaN gives f = NaN; infinity and |y| > 2^18 some j and a finite f, which will do, as the
+/// power is zero or infinity.
 inline Vector split_sixteenths(Vector y, Vector& f) noexcept {
   constexpr int down = _MM_FROUND_TO_NEG_INF | _MM_FROUND_NO_EXC;
   const __m512 large = _mm512_set1_ps(0x1.8p19f);  // the sum keeps four fraction bits
@@ -109,7 +113,8 @@ inline Vector look_up(Vector table, Vector index) noexcept {
   return {_mm512_permutexvar_ps(_mm512_castps_si512(index.v), table.v)};
 }
 
-/// body(0) to body(count - 1), unrolled early enough for arrays to become registers.
+/// body(0) to body(count - 1), unrolled before a compiler decides which arrays become registers:
+/// with loops, g++ kept a copy of some in memory.
 template <u32 count, class Body>
 [[gnu::always_inline]] inline void each(Body&& body) noexcept {
   static_assert(count == 1 || count == 2 || count == 4);
@@ -139,6 +144,7 @@ class Finisher {
  public:
   [[gnu::always_inline]] Finisher(const Finish& f, const LaneLogits& logits) noexcept
       : f_(f), logits_(logits), row_(f.pair * lane_rows) {
+    shift0_ = shift1_ = zero();
     result0_ = result1_ = zero();
     weight0_ = weight1_ = set1(1.0f);
     if (pass == Pass::maxima) {
@@ -158,7 +164,7 @@ class Finisher {
     square0_ = mul(weight0_, set1(sixteenth_polynomial[1]));
     square1_ = mul(weight1_, set1(sixteenth_polynomial[1]));
   }
-  /// `count` tokens from t on, in eight steps that each take all of them: a processor looks only so
+  /// `count` tokens from t on, in six steps that each take all of them: a processor looks only so
   /// far ahead for work that does not wait. Calls between(i) after step i.
   template <u32 count, class Between>
   [[gnu::always_inline]] void tokens(u32 t, Between&& between) noexcept {
@@ -176,10 +182,9 @@ class Finisher {
         if (i % 2 == 0) result0_ = max(y[i], result0_);
         if (i % 2 == 1) result1_ = max(y[i], result1_);
       });
-      for (u32 i = 1; i < 8; ++i) between(i);
+      for (u32 i = 1; i < 6; ++i) between(i);
       return;
     }
-    // 2^y = 2^floor(y) * 2^(j / 16) * 2^f: j counts whole sixteenths, and f is below one.
     Vector f[n];
     Vector power[n];
     each<n>([&](u32 i) KVLEAN_TILES_INLINE { power[i] = split_sixteenths(y[i], f[i]); });
@@ -197,9 +202,8 @@ class Finisher {
     });
     stay<n>(y);
     between(4);
-    each<n>([&](u32 i) KVLEAN_TILES_INLINE {
-      y[i] = fma(f[i], y[i], i % 2 == 0 ? weight0_ : weight1_);
-    });
+    each<n>([&](u32 i)
+                KVLEAN_TILES_INLINE { y[i] = fma(f[i], y[i], i % 2 == 0 ? weight0_ : weight1_); });
     stay<n>(y);
     between(5);
     if (pass == Pass::sums) {
@@ -207,7 +211,7 @@ class Finisher {
         if (i % 2 == 0) result0_ = fma(power[i], y[i], result0_);
         if (i % 2 == 1) result1_ = fma(power[i], y[i], result1_);
       });
-      __asm__ volatile("" : "+v"(result0_.v), "+v"(result1_.v));
+      stay(result0_, result1_);
     } else if (f_.keep) {
       each<n>([&](u32 i) KVLEAN_TILES_INLINE { store(mul(power[i], y[i]), x + i * lanes); });
     } else {
@@ -217,8 +221,6 @@ class Finisher {
         store(fma(power[2 * i + 1], y[2 * i + 1], even), sum + i * lanes);
       });
     }
-    between(6);
-    between(7);
   }
   /// Tokens [from, to). Returns the next.
   u32 until(u32 to, u32 from) noexcept {
@@ -240,9 +242,12 @@ class Finisher {
 
  private:
   // Keeps what is computed before a tile instruction before it.
+  [[gnu::always_inline]] static void stay(Vector& a, Vector& b) noexcept {
+    __asm__ volatile("" : "+v"(a.v), "+v"(b.v));
+  }
   template <u32 n>
   [[gnu::always_inline]] static void stay(Vector* a) noexcept {
-    if (n == 2) __asm__ volatile("" : "+v"(a[0].v), "+v"(a[1].v));
+    if (n == 2) stay(a[0], a[1]);
     if (n == 4) __asm__ volatile("" : "+v"(a[0].v), "+v"(a[1].v), "+v"(a[2].v), "+v"(a[3].v));
   }
 
@@ -319,7 +324,7 @@ class KeysAhead {
         stride_(keys.stride + blocks),
         steps_(steps),
         rows_(keys.ahead * block_tokens),
-        share_((rows_ + turns - 1) / turns) {}
+        share_(turns == 0 ? 0 : (rows_ + turns - 1) / turns) {}
   /// (Always inlined: a call that only prefetches is dropped.)
   [[gnu::always_inline]] void turn() noexcept {
     const u32 last = rows_ - next_ < share_ ? rows_ : next_ + share_;
@@ -327,8 +332,11 @@ class KeysAhead {
       const u32 row = next_ % 8 * (rows_ / 8) + next_ / 8;
       const u32 tile = row / block_tokens;
       const std::byte* at = tile_[tile] + stride_[tile] * (row % block_tokens);
-      for (u32 step = 0; step < key_steps; ++step) __builtin_prefetch(at + step * 64, 0, 2);
-      for (u32 step = key_steps; step < steps_; ++step) __builtin_prefetch(at + step * 64, 0, 2);
+      if (steps_ == key_steps) {
+        for (u32 step = 0; step < key_steps; ++step) __builtin_prefetch(at + step * 64, 0, 2);
+      } else {
+        for (u32 step = 0; step < steps_; ++step) __builtin_prefetch(at + step * 64, 0, 2);
+      }
     }
   }
 
@@ -516,3 +524,5 @@ inline void tile_pack(ConstFloatRows rows, u32 count, u32 width, u32 terms,
 [[nodiscard]] constexpr TileKernels tile_kernels_here() noexcept {
   return {tile_pack, tile_maxima, tile_sums, tile_columns};
 }
+
+#undef KVLEAN_TILES_INLINE
