@@ -33,7 +33,7 @@ enum class CaMMode : u8 {
 /// one-shot form, which the paper does not define and which piles many v/m terms on few receivers.
 /// Protected tokens do receive; frozen ones do not. The paper's code divides by the constant m even
 /// when fewer receivers exist; this divides by the actual number. Needs mass: missing_observation
-/// otherwise. The sum of weights is not 1: values grow, as in the paper. O(evicted * receivers).
+/// otherwise. The sum of weights is not 1: values grow, as in the paper. O(tokens).
 struct CaMReducer {
   u32 receivers = 32;
   CaMMode mode = CaMMode::expected;
@@ -56,11 +56,11 @@ struct CaMReducer {
     const WorkspaceScope scope(context.workspace);
     u32 longest = 0;
     for (u32 s = 0; s < cache.segments; ++s) longest = std::max(longest, plan.length[s]);
-    float* received = context.workspace.take<float>(longest);
-    u32* receiver = context.workspace.take<u32>(evicted);
-    if (received == nullptr || receiver == nullptr) return context.workspace.exhausted();
+    u32* merged = context.workspace.take<u32>(evicted);
+    double* sums = context.workspace.take<double>(2 * std::size_t{std::min(receivers, longest)});
+    if (merged == nullptr || sums == nullptr) return context.workspace.exhausted();
     for (u32 s = 0; s < cache.segments; ++s) {
-      merge_segment(cache, scores, s, context, received, receiver, plan);
+      merge_segment(cache, scores, kept.keep.segment(s), s, context, merged, sums, plan);
     }
     return StatusCode::ok;
   }
@@ -70,81 +70,102 @@ struct CaMReducer {
   static constexpr u64 salt = 0xca3ca3ca3ca3ca3dull;
 
   // Receivers of an evicted token are the slots [begin, begin + receivers) after it, and `begin`
-  // never falls along the segment, so the terms of a slot are one range of the evicted tokens.
-  // `received`: a number a slot; `receiver`: the first receiver of each term of the plan.
-  void merge_segment(const CacheView& cache, const Scores& scores, u32 s, const Context& context,
-                     float* received, u32* receiver, CompressionPlan& plan) const noexcept {
+  // never falls along the segment, so the terms of a slot are one range of the evicted tokens. No
+  // CPU foresees which tokens are evicted, so loops over slots don't branch on it. Turns `keep`
+  // around; `merged` and `sums` are scratch, a number an evicted token and two a receiver.
+  void merge_segment(const CacheView& cache, const Scores& scores, u8* keep, u32 s,
+                     const Context& context, u32* merged, double* sums,
+                     CompressionPlan& plan) const noexcept {
     const u32 slots = plan.length[s];
+    if (slots == 0) return;
     const u32* anchor = plan.anchor + plan.first[s];
     const float* mass = scores.mass.segment(s);
-    for (u32 slot = 0; slot < slots; ++slot) received[slot] = mass[anchor[slot]];
-    ReceiverMeans means(received, slots, receivers);
+    const u64 first_term = plan.num_terms;
+    u32* term_token = plan.term_token + first_term;
+    // What follows the last anchor has no receivers.
+    const u32 length = anchor[slots - 1];
+    const u32 evicted = length - (slots - 1);
+    for (u32 token = 0; token < length; ++token) keep[token] ^= 1;
+    simd::select_kernels().list(keep, length, term_token, evicted);
     const u32 frozen = std::min(cache.frozen, slots);
-    u64 oldest = plan.num_terms;  // first term whose receivers may still include the slot
-    u32 token = 0;
-    for (u32 slot = 0; slot < slots; ++slot) {
-      const u32 begin = std::max(slot, frozen);
+    ReceiverMeans means(mass, anchor, slots, receivers, sums);
+    u32 terms = 0;
+    for (u32 i = 0; i < evicted; ++i) {
+      const u32 token = term_token[i];
+      const u32 begin = std::max(token - i, frozen);  // as many are kept before it
       const u32 count = std::min(receivers, slots - begin);
-      const float mean = token < anchor[slot] ? means.of(begin) : 0.0f;
-      for (; token < anchor[slot]; ++token) {
-        const float probability = cam_merge_probability(mass[token], mean);
-        float share = probability;
-        if (mode == CaMMode::sampled) {
-          const float uniform =
-              draw(context.options.seed ^ salt, cache.origin.layer + context.layer,
-                   cache.origin.head + s, cache.position(s, token), context.options.step);
-          share = uniform < probability ? 1.0f : 0.0f;
-        }
-        if (count == 0 || share == 0.0f) continue;
-        receiver[plan.num_terms] = begin;
-        plan.term_token[plan.num_terms] = token;
-        plan.term_weight[plan.num_terms] = share / static_cast<float>(count);
-        ++plan.num_terms;
+      float share = begin < slots ? cam_merge_probability(mass[token], means.of(begin)) : 0.0f;
+      if (mode == CaMMode::sampled) {
+        const float uniform =
+            draw(context.options.seed ^ salt, cache.origin.layer + context.layer,
+                 cache.origin.head + s, cache.position(s, token), context.options.step);
+        share = uniform < share ? 1.0f : 0.0f;
       }
-      token = anchor[slot] + 1;
-      while (oldest < plan.num_terms && u64{receiver[oldest]} + receivers <= slot) ++oldest;
-      const u64 index = plan.first[s] + slot;
-      plan.term_begin[index] = slot < cache.frozen ? plan.num_terms : oldest;
-      plan.term_end[index] = plan.num_terms;
+      term_token[terms] = token;
+      plan.term_weight[first_term + terms] = share / static_cast<float>(std::max<u32>(count, 1));
+      terms += share != 0.0f ? 1u : 0u;
+      merged[i] = terms;
     }
+    plan.num_terms += terms;
+    u64* term_begin = plan.term_begin + plan.first[s];
+    u64* term_end = plan.term_end + plan.first[s];
+    if (terms == evicted) {
+      for (u32 j = 0; j < slots; ++j) term_end[j] = first_term + (anchor[j] - j);
+    } else {
+      for (u32 j = 0; j < slots; ++j) {
+        term_end[j] = first_term + (anchor[j] != j ? merged[anchor[j] - j - 1] : 0);
+      }
+    }
+    const u32 opening = std::min(receivers, slots - frozen);
+    std::copy_n(term_end, frozen, term_begin);
+    std::fill_n(term_begin + frozen, opening, first_term);
+    std::copy_n(term_end + frozen, slots - frozen - opening, term_begin + frozen + opening);
   }
 
-  /// Mean mass of the receivers from a slot on, some slots at a time: the sums don't wait for each
-  /// other, and have the bits of one after the other.
+  /// Mean mass of the receivers from a slot on, for slots that ascend: slots are cut in blocks of
+  /// `receivers`, and a sum has a part up to the end of its block and a part beyond. Three
+  /// additions a slot, whatever the number of receivers.
   class ReceiverMeans {
    public:
-    ReceiverMeans(const float* received, u32 slots, u32 receivers) noexcept
-        : received_(received), slots_(slots), receivers_(receivers) {}
+    ReceiverMeans(const float* mass, const u32* anchor, u32 slots, u32 receivers,
+                  double* sums) noexcept
+        : mass_(mass),
+          anchor_(anchor),
+          slots_(slots),
+          receivers_(std::min(receivers, slots)),
+          to_end_(sums),
+          beyond_(sums + receivers_) {}
     [[nodiscard]] float of(u32 begin) noexcept {
-      const u32 count = std::min(receivers_, slots_ - begin);
-      if (begin - first_ < valid_) return mean(sum_[begin - first_], count);
-      first_ = begin;
-      if (u64{begin} + at_once + receivers_ <= slots_) {
-        valid_ = at_once;
-        std::fill_n(sum_, at_once, 0.0);
-        for (u32 r = 0; r < receivers_; ++r) {
-          const float* x = received_ + begin + r;
-          for (u32 i = 0; i < at_once; ++i) sum_[i] += static_cast<double>(x[i]);
-        }
-      } else {
-        valid_ = 1;
-        sum_[0] = 0.0;
-        for (u32 r = 0; r < count; ++r) sum_[0] += static_cast<double>(received_[begin + r]);
-      }
-      return mean(sum_[0], count);
+      if (begin >= block_end_) fill_block(begin / receivers_ * receivers_);
+      const double sum = to_end_[begin - block_] + beyond_[begin - block_];
+      return static_cast<float>(sum / std::min(receivers_, slots_ - begin));
     }
 
    private:
-    static constexpr u32 at_once = 8;
-    [[nodiscard]] static float mean(double sum, u32 count) noexcept {
-      return static_cast<float>(sum / std::max<u32>(count, 1));
+    void fill_block(u32 begin) noexcept {
+      block_ = begin;
+      block_end_ = begin + std::min(receivers_, slots_ - begin);
+      const u32 count = block_end_ - begin;
+      double to_end = 0.0;
+      double beyond = 0.0;
+      for (u32 i = 0; i < count; ++i) {  // two chains of additions, side by side
+        to_end_[count - 1 - i] = to_end += mass_of(block_end_ - 1 - i);
+        beyond_[i] = beyond;
+        beyond += block_end_ + i < slots_ ? mass_of(block_end_ + i) : 0.0;
+      }
     }
-    const float* received_;
+    [[nodiscard]] double mass_of(u32 slot) const noexcept {
+      return static_cast<double>(mass_[anchor_[slot]]);
+    }
+
+    const float* mass_;
+    const u32* anchor_;
     u32 slots_;
     u32 receivers_;
-    u32 first_ = 0;
-    u32 valid_ = 0;  // sums of slots from first_ on
-    double sum_[at_once];
+    double* to_end_;  // by slot of the block: the sum from there to the block's end
+    double* beyond_;  // and that of its receivers after the block
+    u32 block_ = 0;
+    u32 block_end_ = 0;
   };
 };
 static_assert(Reducer<CaMReducer>);
