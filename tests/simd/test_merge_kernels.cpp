@@ -2,6 +2,7 @@
 // SPDX-License-Identifier: Apache-2.0
 // Norms, products, distances and weighted sums: the bits of row_math on every target, and what they
 // are against double, at the edge of memory.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <kvlean/simd/merge_kernels.hpp>
@@ -391,6 +392,139 @@ TEST_CASE("Slots are merged in place as one by one, K and V, streamed or not", "
               }
             }
           }
+        }
+      }
+    }
+  }
+}
+
+namespace {
+
+/// Windows of up to `longest` terms over rows `tokens`, `tokens` + 1, ..; anchors are those before.
+struct RandomWindows {
+  std::vector<u32> anchor, token;
+  std::vector<u64> begin, end;
+  std::vector<float> self, weight;
+
+  RandomWindows(u32 tokens, u32 longest, bool ahead, u32 seed) {
+    std::mt19937 random(seed);
+    const auto below = [&](u64 n) { return n == 0 ? u64{0} : u64{random() % n}; };
+    for (u32 t = 0; t < tokens; ++t) {
+      token.push_back(tokens + t);
+      weight.push_back(0.3f / static_cast<float>(1 + random() % 5));
+    }
+    for (u32 t = 0; t < tokens; ++t) {
+      u64 low = ahead && t != 0 ? begin.back() : below(tokens);
+      u64 high = low + 1 + below(std::min<u64>(longest, tokens - low));
+      if (ahead && t != 0 && random() % 2 == 0) {
+        high = end.back();
+      } else if (ahead && t != 0) {
+        low = std::min<u64>(low + below(longest / 2), tokens - 1);
+        high = std::min<u64>(std::max<u64>(end.back(), low + 1) + below(3), tokens);
+      }
+      anchor.push_back(t);
+      self.push_back(random() % 3 != 0 ? 1.0f : 0.6f);
+      begin.push_back(low);
+      end.push_back(std::min<u64>(high, tokens));
+    }
+  }
+};
+
+}  // namespace
+
+TEST_CASE("Windows have the bits of their two parts on every target, in any pieces", "[simd]") {
+  constexpr u32 tokens = 90;
+  for (const DType dtype : dtypes) {
+    for (const u32 width : {1u, 5u, 32u, 64u, 131u, 200u, 1100u}) {
+      for (u32 form = 0; form < 6; ++form) {
+        const u32 longest = form < 2 ? 4 : form < 4 ? 20 : 70;
+        const RandomWindows chosen(tokens, longest, form % 2 == 0, width + form);
+        const std::size_t bytes = width * size_bytes(dtype);
+        const GuardedBytes data(2 * tokens * bytes);
+        std::mt19937 random(form);
+        std::normal_distribution<float> normal;
+        std::vector<float> value;
+        for (u32 i = 0; i < 2 * tokens * width; ++i) {
+          std::byte* element = data.last() + i * size_bytes(dtype);
+          store_element(element, dtype, normal(random));
+          value.push_back(load_element(element, dtype));
+        }
+        std::vector<float> expected;
+        for (u32 slot = 0; slot < tokens; ++slot) {
+          const u64 begin = chosen.begin[slot];
+          const u64 end = chosen.end[slot];
+          u64 cut = begin;
+          for (u64 step = 1; step <= 128; step *= 2) {
+            if ((begin + step - 1) / step * step < end) cut = (end - 1) / step * step;
+          }
+          if (begin == 0) cut = 0;
+          std::vector<float> front(width), back(width), sum(width);
+          const auto add = [&](u64 term, std::vector<float>& to) {
+            row_math::add_scaled(to.data(), value.data() + std::size_t{chosen.token[term]} * width,
+                                 chosen.weight[term], width);
+          };
+          for (u64 term = cut; term < end; ++term) add(term, front);
+          for (u64 term = cut; term-- > begin;) add(term, back);
+          for (u32 d = 0; d < width; ++d) {
+            const float product = chosen.self[slot] * value[std::size_t{slot} * width + d];
+            sum[d] = product + (back[d] + front[d]);
+          }
+          expected.insert(expected.end(), sum.begin(), sum.end());
+        }
+        std::vector<std::byte> rounded(tokens * bytes);
+        simd::row_kernels(simd::Target::scalar)
+            .store(expected.data(), rounded.data(), dtype, tokens * width);
+        for (const simd::Target target : targets()) {
+          CAPTURE(simd::name(target), name(dtype), width, form);
+          const simd::MergeKernels& kernels = simd::merge_kernels(target);
+          simd::WindowedRows rows;
+          rows.slots = {chosen.anchor.data(), chosen.begin.data(), chosen.end.data(),
+                        chosen.token.data()};
+          rows.end = tokens;
+          rows.from.data = data.last();
+          rows.from.stride = static_cast<i64>(bytes);
+          rows.dtype = dtype;
+          rows.width = width;
+          rows.self = chosen.self.data();
+          rows.weight = chosen.weight.data();
+          const auto run = [&](const simd::WindowedRows& from, bool as_float, std::byte* out,
+                               u32 piece) {
+            auto sums = std::make_unique<simd::WindowSums>();
+            simd::RowPlaces to;
+            to.data = out;
+            to.stride = static_cast<i64>(as_float ? width * sizeof(float) : bytes);
+            for (u32 slot = 0; slot < tokens; slot += piece) {
+              kernels.add_windows(from, *sums, slot, std::min(slot + piece, tokens), to, slot,
+                                  as_float);
+            }
+          };
+          const GuardedBytes floats(tokens * width * sizeof(float));
+          const GuardedBytes out(tokens * bytes);
+          run(rows, true, floats.last(), 1);
+          CHECK(std::memcmp(floats.last(), expected.data(), expected.size() * sizeof(float)) == 0);
+          run(rows, false, out.last(), 7);
+          CHECK(std::memcmp(out.last(), rounded.data(), rounded.size()) == 0);
+
+          struct Loaded {
+            const std::vector<float>& value;
+            u32 width;
+          } const loaded{value, width};
+          simd::WindowedRows by_call = rows;
+          by_call.from = {};
+          by_call.dtype = DType::f32;
+          by_call.source = &loaded;
+          by_call.load = [](const void* source, u32 token, float* row) noexcept {
+            const Loaded& all = *static_cast<const Loaded*>(source);
+            std::copy_n(all.value.data() + std::size_t{token} * all.width, all.width, row);
+          };
+          run(by_call, true, floats.last(), tokens);
+          CHECK(std::memcmp(floats.last(), expected.data(), expected.size() * sizeof(float)) == 0);
+
+          // Over the anchors, whose rows are nobody's term.
+          std::vector<std::byte> before(data.last(), data.last() + tokens * bytes);
+          run(rows, false, data.last(), tokens);
+          CHECK(std::memcmp(data.last(), rounded.data(), rounded.size()) == 0);
+          std::copy(before.begin(), before.end(), data.last());
         }
       }
     }

@@ -102,7 +102,7 @@ TEST_CASE("Sums of shared terms are right, and do not depend on what was summed 
     detail::ValueWriter writer(plan, values, 0);
     for (u32 slot = 0; slot < plan.length[0]; ++slot) {
       writer.write(slot, to, slot);
-      detail::write_value(plan, values, 0, slot, apart, slot);
+      detail::ValueWriter(plan, values, 0).write(slot, apart, slot);
       if (detail::shares_terms(plan, 0, slot)) ++shared;
       std::vector<double> sum(values.width);
       std::vector<double> size(values.width);

@@ -45,7 +45,6 @@ class RowBlender {
   RowBlender(const Rows& from, u32 segment) noexcept
       : from_(from), segment_(segment), address_(from, segment) {}
 
-  [[nodiscard]] const RowAddresses& address() const noexcept { return address_; }
   /// Whether kernels can write sums to rows of `to`, without a row of floats between.
   [[nodiscard]] bool writes_rows_of(const Rows& to) const noexcept {
     return is_contiguous_row(from_) && to.store == nullptr && to.dim_stride == 1 &&
@@ -226,11 +225,7 @@ class KeyWriter {
 class ValueWriter {
  public:
   ValueWriter(const CompressionPlan& plan, const Rows& values, u32 segment) noexcept
-      : plan_(plan),
-        segment_(segment),
-        blender_(values, segment),
-        shared_(values, segment, blender_.address(), plan.term_token,
-                plan.term_value_weight != nullptr ? plan.term_value_weight : plan.term_weight) {}
+      : plan_(plan), segment_(segment), blender_(values, segment), shared_(plan, values, segment) {}
   ValueWriter(const ValueWriter&) = delete;
   ValueWriter& operator=(const ValueWriter&) = delete;
 
@@ -242,37 +237,35 @@ class ValueWriter {
       copy_row(plan_.literal_values, segment_, row, to, segment_, to_token);
       return;
     }
-    const SlotWeights weights = value_weights(plan_, slot);
-    if (shares_terms(plan_, segment_, slot)) {
-      write_shared(weights, to, to_token);
+    if (!shares_terms(plan_, segment_, slot)) {
+      blender_.write(value_weights(plan_, slot), to, to_token, stream);
+    } else if (blender_.writes_rows_of(to)) {
+      shared_.write(slot, slot + 1, to, to_token);
     } else {
-      blender_.write(weights, to, to_token, stream);
+      float sum[max_row_width];
+      shared_.add(slot, sum);
+      store_row(to, segment_, to_token, sum);
     }
+  }
+  /// Slots from `slot` to `end`, at most, that have terms in common one with the next, for ranges
+  /// that move ahead; 1 where there is none.
+  [[nodiscard]] u32 run_of(u64 slot, u64 end) const noexcept {
+    u64 last = slot;
+    while (last + 1 < end && plan_.term_begin[last + 1] < plan_.term_end[last]) ++last;
+    return static_cast<u32>(last + 1 - slot);
+  }
+  /// Writes the values of such slots, two or more, into rows of `to` from `to_token` on; rows are
+  /// bytes on both sides.
+  void write_run(u64 slot, u32 count, const Rows& to, u32 to_token) noexcept {
+    shared_.write(slot, slot + count, to, to_token);
   }
 
  private:
-  void write_shared(const SlotWeights& weights, const Rows& to, u32 to_token) noexcept {
-    const bool direct = blender_.writes_rows_of(to);
-    if (direct && shared_.write(weights.anchor, weights.self, weights.begin, weights.end,
-                                to.dtype == DType::f32, row_address(to, segment_, to_token))) {
-      return;
-    }
-    float sum[max_row_width];
-    shared_.add(weights.anchor, weights.self, weights.begin, weights.end, sum);
-    store_row(to, segment_, to_token, sum);
-  }
-
   const CompressionPlan& plan_;
   u32 segment_;
   RowBlender blender_;
   SharedTerms shared_;
 };
-
-/// The same for one slot alone.
-inline void write_value(const CompressionPlan& plan, const Rows& values, u32 segment, u64 slot,
-                        const Rows& to, u32 to_token) noexcept {
-  ValueWriter(plan, values, segment).write(slot, to, to_token);
-}
 
 /// Whether carrying out a plan may write rows before any moves.
 [[nodiscard]] inline bool rewrites_rows(const CompressionPlan& plan,

@@ -99,11 +99,10 @@ inline void turn_and_compact_segment(const CompressionPlan& plan, const CacheVie
     compact_segment(cache.keys, cache.values, s, length, anchor, count);
     return;
   }
+  ValueWriter writer(plan, cache.values, s);
   for (u32 j = 0; (plan.needs & needs_changed_values) != 0 && j < count; ++j) {
     const u64 slot = plan.first[s] + j;
-    if (value_changes(plan, slot)) {
-      write_value(plan, cache.values, s, slot, cache.values, anchor[j]);
-    }
+    if (writer.changes(slot)) writer.write(slot, cache.values, anchor[j]);
   }
   const auto shift_of = [&](u32 j) noexcept {
     return i64{plan.position[plan.first[s] + j]} - i64{cache.position(s, anchor[j])};
@@ -117,6 +116,79 @@ inline void turn_and_compact_segment(const CompressionPlan& plan, const CacheVie
                 count, apart ? turned_block : 1, shift_of);
   while (begin < count && anchor[begin] == begin) ++begin;
   if (!value_bytes && begin < count) gather_in_place(cache.values, s, anchor, begin, count);
+}
+
+/// Whether ranges of terms move ahead and terms ascend, as CaM's do.
+[[nodiscard]] inline bool windows_slide(const CompressionPlan& plan, u32 s) noexcept {
+  const u64 first = plan.first[s];
+  const u64 last = plan.first[s + 1];
+  if (first == last) return true;
+  const u64 begin = plan.term_begin[first];
+  return ranges_move_ahead(plan, s) &&
+         ascends(plan.term_token + begin, static_cast<u32>(plan.term_end[last - 1] - begin));
+}
+
+/// The first slot from which on no row is a term of a later slot, so that each may be written once
+/// the slots before it were; for ranges of terms that move ahead. O(slots).
+[[nodiscard]] inline u32 first_free_row(const CompressionPlan& plan, u32 s) noexcept {
+  u32 slot = plan.length[s];
+  u32 lowest = ~0u;  // token of a term from here on
+  while (slot != 0) {
+    const u64 at = plan.first[s] + slot - 1;
+    if (plan.term_begin[at] != plan.term_end[at]) lowest = plan.term_token[plan.term_begin[at]];
+    if (lowest < slot) break;
+    --slot;
+  }
+  return slot;
+}
+
+/// fold_segment() and compact_segment() where values change and keys only move: a value moves as it
+/// is written. False, with nothing done, where rows are no bytes or terms don't move ahead.
+[[nodiscard]] inline bool fold_while_moving(const CompressionPlan& plan, const CacheView& cache,
+                                            u32 s) noexcept {
+  const u32 length = cache.length(s);
+  const u32 count = plan.length[s];
+  if ((plan.needs & needs_changed_values) == 0 || (plan.needs & needs_moved_keys) != 0 ||
+      keys_turn(plan, cache) || plan.has_literal_values() ||
+      !moves_as_bytes(cache.keys, cache.keys) || !moves_as_bytes(cache.values, cache.values) ||
+      hull(cache.keys, s, length).overlaps(hull(cache.values, s, length)) ||
+      !windows_slide(plan, s)) {
+    return false;
+  }
+  const u32* anchor = plan.anchor + plan.first[s];
+  const simd::MoveKernels& kernels = simd::move_kernels();
+  const simd::RowMoves keys = moves_of(cache.keys, cache.keys, s, true);
+  const simd::RowMoves values = moves_of(cache.values, cache.values, s, true);
+  const u32 free = first_free_row(plan, s);
+  u32 moved = 0;
+  while (moved < count && anchor[moved] == moved) ++moved;
+  kernels.gather(&keys, 1, anchor, moved, count, count, false);
+  ValueWriter writer(plan, cache.values, s);
+  for (u32 j = 0; j < free; ++j) {
+    const u64 slot = plan.first[s] + j;
+    if (writer.changes(slot)) writer.write(slot, cache.values, anchor[j]);
+  }
+  if (moved < free) kernels.gather(&values, 1, anchor, moved, free, free, false);
+  for (u32 j = free; j < count;) {
+    const u64 slot = plan.first[s] + j;
+    const u32 run = writer.run_of(slot, plan.first[s + 1]);
+    if (run != 1) {
+      writer.write_run(slot, run, cache.values, j);
+      j += run;
+      continue;
+    }
+    if (writer.changes(slot)) {
+      writer.write(slot, cache.values, j++);
+      continue;
+    }
+    u32 end = j + 1;
+    while (end < count && !writer.changes(slot + (end - j))) ++end;
+    if (anchor[end - 1] != end - 1) {
+      kernels.gather(&values, 1, anchor, std::max(j, std::min(moved, end)), end, end, false);
+    }
+    j = end;
+  }
+  return true;
 }
 
 /// Moves a per-slot array, of 4 bytes a slot, along with the anchors, or takes the plan's values
@@ -189,7 +261,10 @@ void adopt_length(KVCache<K, V>& cache, const CacheView& view) noexcept {
       detail::turn_and_compact_segment(plan, cache, rotation, s);
       return;
     }
-    if (merges && detail::merge_segment(plan, cache, s)) return;
+    if (merges &&
+        (detail::merge_segment(plan, cache, s) || detail::fold_while_moving(plan, cache, s))) {
+      return;
+    }
     detail::fold_segment(plan, cache, rotation, s);
     detail::compact_segment(cache.keys, cache.values, s, cache.length(s),
                             plan.anchor + plan.first[s], plan.length[s]);

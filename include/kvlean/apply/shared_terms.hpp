@@ -2,12 +2,13 @@
 // SPDX-License-Identifier: Apache-2.0
 #pragma once
 
+#include "kvlean/apply/move_rows.hpp"
 #include "kvlean/core/plan.hpp"
 #include "kvlean/core/row_addresses.hpp"
 #include "kvlean/simd/merge_kernels.hpp"
 
 // Sums of slots whose term ranges overlap, as CaM's do: neighbours have most of their terms in
-// common. A sum is made of sums over blocks of neighbouring terms, which neighbouring slots share.
+// common. Neighbouring slots share sums of them.
 
 KVLEAN_NAMESPACE_BEGIN
 namespace detail {
@@ -23,154 +24,51 @@ namespace detail {
          (slot > plan.first[segment] && overlap(slot - 1, slot));
 }
 
-/// Weighted sums over ranges of a plan's terms. A range is cut where the term's number is a
-/// multiple of 16: its first piece is added from the end, the others from the beginning, then the
-/// pieces in order. The result depends on the range alone, not on what was asked before; but pieces
-/// are kept, and when ranges move ahead together each term is read twice in all. Only sums are
-/// added, nothing is taken off again, so the error is that of one addition a term, and a term that
-/// is not finite stays in the ranges that hold it.
+/// Sums of a segment's slots that share terms, as MergeKernels::add_windows has them.
 class SharedTerms {
  public:
-  SharedTerms(const Rows& rows, u32 segment, const RowAddresses& address, const u32* token,
-              const float* weight) noexcept
-      : rows_(rows),
-        segment_(segment),
-        address_(address),
-        token_(token),
-        weight_(weight),
-        places_(rows.width * (block + 2) <= room
-                    ? std::min<u32>(room / rows.width - block, most_places)
-                    : 0) {
-    std::fill_n(kept_, most_places, Piece{});
+  SharedTerms(const CompressionPlan& plan, const Rows& values, u32 segment) noexcept
+      : values_(values), segment_(segment), kernels_(simd::merge_kernels()) {
+    rows_.slots = {plan.anchor, plan.term_begin, plan.term_end, plan.term_token};
+    rows_.end = plan.first[segment + 1];
+    rows_.width = values.width;
+    rows_.self = plan.self_value_weight != nullptr ? plan.self_value_weight : plan.self_weight;
+    rows_.weight = plan.term_value_weight != nullptr ? plan.term_value_weight : plan.term_weight;
+    if (is_contiguous_row(values)) {
+      rows_.from = places_of(values, segment);
+      rows_.dtype = values.dtype;
+    } else {
+      rows_.load = load;
+      rows_.source = this;
+    }
   }
+  SharedTerms(const SharedTerms&) = delete;
+  SharedTerms& operator=(const SharedTerms&) = delete;
 
-  /// sum [width] = self * row(anchor) + the terms [begin, end), in float.
-  void add(u32 anchor, float self, u64 begin, u64 end, float* sum) noexcept {
-    const simd::MergeKernels& kernels = simd::merge_kernels();
-    start(anchor, self, sum);
-    for_each_piece(begin, end, [&](const float* piece) noexcept {
-      kernels.add_scaled(sum, piece, 1.0f, rows_.width);
-    });
+  /// Writes the values of slots [begin, end) to rows of `to` from `to_token` on; they must be
+  /// contiguous rows in memory on both sides, those written of the type read or float.
+  void write(u64 begin, u64 end, const Rows& to, u32 to_token) noexcept {
+    kernels_.add_windows(rows_, sums_, begin, end, places_of(to, segment_), to_token,
+                         to.dtype == DType::f32);
   }
-  /// The same into a row of the rows' type, or of float; false where there is no room for the
-  /// pieces.
-  [[nodiscard]] bool write(u32 anchor, float self, u64 begin, u64 end, bool as_float,
-                           void* out) noexcept {
-    const u64 pieces = (end - 1) / block - begin / block + 1;
-    if (places_ < pieces) return false;
-    const std::byte* pointers[most_places + 1];
-    u32 count = 0;
-    for_each_piece(begin, end, [&](const float* piece) noexcept {
-      pointers[count++] = reinterpret_cast<const std::byte*>(piece);
-    });
-    simd::merge_kernels().add_parts({address_(anchor), self, {pointers, count}, nullptr},
-                                    rows_.dtype, rows_.width, as_float, out);
-    return true;
+  /// A slot's value [width], in float.
+  void add(u64 slot, float* sum) noexcept {
+    simd::RowPlaces place;
+    place.data = reinterpret_cast<std::byte*>(sum);
+    kernels_.add_windows(rows_, sums_, slot, slot + 1, place, 0, true);
   }
 
  private:
-  static constexpr u32 block = 16;
-  static constexpr u32 most_places = 64;
-  static constexpr u32 room = 12288;  // floats
-  static constexpr u64 none = ~u64{0};
-
-  /// A sum over the terms of a block up to `end`.
-  struct Piece {
-    u64 block = none;
-    u64 end = 0;
-  };
-
-  void start(u32 anchor, float self, float* sum) const noexcept {
-    const simd::MergeKernels& kernels = simd::merge_kernels();
-    if (is_contiguous_row(rows_)) {
-      kernels.weigh({address_(anchor), self, {}, nullptr}, rows_.dtype, rows_.width, true, false,
-                    sum);
-      return;
-    }
-    load_row(rows_, segment_, anchor, sum);
-    kernels.weigh({sum, self, {}, nullptr}, DType::f32, rows_.width, true, false, sum);
-  }
-  /// sum += the terms [begin, end), at most a block of them.
-  void add_terms(u64 begin, u64 end, float* sum) noexcept {
-    const simd::MergeKernels& kernels = simd::merge_kernels();
-    const u32 count = static_cast<u32>(end - begin);
-    if (is_contiguous_row(rows_)) {
-      const std::byte* pointers[block];
-      kernels.add_weighed(address_.point(token_ + begin, count, pointers), weight_ + begin,
-                          rows_.dtype, rows_.width, sum);
-      return;
-    }
-    float row[max_row_width];
-    for (u64 term = begin; term < end; ++term) {
-      load_row(rows_, segment_, token_[term], row);
-      kernels.add_scaled(sum, row, weight_[term], rows_.width);
-    }
+  static void load(const void* source, u32 token, float* row) noexcept {
+    const SharedTerms& terms = *static_cast<const SharedTerms*>(source);
+    load_row(terms.values_, terms.segment_, token, row);
   }
 
-  template <class Visit>
-  void for_each_piece(u64 begin, u64 end, Visit&& visit) noexcept {
-    u64 next = begin - begin % block + block;
-    if (next >= end) {
-      visit(front_piece(begin, end));
-      return;
-    }
-    visit(back_piece(begin));
-    for (; next < end; next += block) visit(front_piece(next, std::min<u64>(end, next + block)));
-  }
-  /// The terms [begin, end) of one block in order; kept when it begins there.
-  const float* front_piece(u64 begin, u64 end) noexcept {
-    if (places_ == 0 || begin % block != 0) {
-      std::fill_n(alone_, rows_.width, 0.0f);
-      add_terms(begin, end, alone_);
-      return alone_;
-    }
-    const u64 number = begin / block;
-    Piece& kept = kept_[number % places_];
-    float* sum = floats_ + (block + number % places_) * rows_.width;
-    if (kept.block != number || kept.end > end) {
-      std::fill_n(sum, rows_.width, 0.0f);
-      kept = {number, begin};
-    }
-    if (kept.end < end) add_terms(kept.end, end, sum);
-    kept.end = end;
-    return sum;
-  }
-  /// The terms from `begin` to the end of its block, the last one first.
-  const float* back_piece(u64 begin) noexcept {
-    const u64 number = begin / block;
-    if (places_ == 0) {
-      std::fill_n(alone_, rows_.width, 0.0f);
-      for (u64 term = (number + 1) * block; term-- > begin;) add_terms(term, term + 1, alone_);
-      return alone_;
-    }
-    if (back_block_ != number) {
-      back_block_ = number;
-      back_begin_ = (number + 1) * block;
-    }
-    while (back_begin_ > begin) {
-      --back_begin_;
-      float* sum = floats_ + back_begin_ % block * rows_.width;
-      if (back_begin_ % block == block - 1) {
-        std::fill_n(sum, rows_.width, 0.0f);
-      } else {
-        std::copy_n(sum + rows_.width, rows_.width, sum);
-      }
-      add_terms(back_begin_, back_begin_ + 1, sum);
-    }
-    return floats_ + begin % block * rows_.width;
-  }
-
-  const Rows& rows_;
+  const Rows& values_;
   u32 segment_;
-  const RowAddresses& address_;
-  const u32* token_;
-  const float* weight_;
-  u32 places_;  // pieces that are kept besides those of back_piece; 0: none of either
-  u64 back_block_ = none;
-  u64 back_begin_ = 0;
-  Piece kept_[most_places];
-  float alone_[max_row_width];
-  float floats_[room];  // [block] back pieces, [places_] front pieces
+  const simd::MergeKernels& kernels_;
+  simd::WindowedRows rows_;
+  simd::WindowSums sums_;
 };
 
 }  // namespace detail

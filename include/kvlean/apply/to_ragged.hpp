@@ -105,18 +105,19 @@ inline void write_rows(const CompressionPlan& plan, const CacheView& from, const
                     return i64{plan.position[plan.first[s] + j]} - i64{from.position(s, anchor[j])};
                   });
   } else {
-    KeyWriter writer(plan, from, rotation, s);
+    KeyWriter key_writer(plan, from, rotation, s);
+    ValueWriter value_writer(plan, from.values, s);
     for (u32 j = 0; j < count;) {
       const u64 slot = plan.first[s] + j;
-      const bool key_moves = writer.changes(slot);
-      const bool value_moves = value_changes(plan, slot);
+      const bool key_moves = key_writer.changes(slot);
+      const bool value_moves = value_writer.changes(slot);
       u32 n = 1;
-      while (!key_moves && !value_moves && j + n < count && !writer.changes(slot + n) &&
-             !value_changes(plan, slot + n)) {
+      while (!key_moves && !value_moves && j + n < count && !key_writer.changes(slot + n) &&
+             !value_writer.changes(slot + n)) {
         ++n;
       }
-      if (key_moves) writer.write(slot, to.keys, j);
-      if (value_moves) write_value(plan, from.values, s, slot, to.values, j);
+      if (key_moves) key_writer.write(slot, to.keys, j);
+      if (value_moves) value_writer.write(slot, to.values, j);
       copy(j, j + n, !key_moves, !value_moves);
       j += n;
     }

@@ -38,6 +38,37 @@ struct MergedRows {
   RowPointers ahead;              ///< prefetched on the way, as long as these
 };
 
+/// Slots whose sums have terms in common: ranges of terms that mostly move ahead together.
+struct WindowedRows {
+  MergedSlots slots;
+  u64 end = 0;  ///< of the slots that may be asked for
+  RowPlaces from;
+  DType dtype = DType::f32;
+  u32 width = 0;
+  const float* self = nullptr;    ///< by slot; null: 1
+  const float* weight = nullptr;  ///< by term
+  /// Writes a row as float, for rows that don't lie at `from`; dtype is then f32.
+  void (*load)(const void* source, u32 token, float* row) noexcept = nullptr;
+  const void* source = nullptr;
+};
+
+/// What MergeKernels::add_windows keeps from one call to the next, for the same rows.
+struct WindowSums {
+  static constexpr u32 most_backs = 64;
+  static constexpr u32 room = 12288;
+  static constexpr u64 none = ~u64{0};
+  static_assert(room / max_row_width > 2);
+
+  u64 begin = none;  ///< the range that was asked for last, and its sum before the cut
+  u64 end = none;
+  const float* back = nullptr;
+  u64 cut = none;
+  u64 front_end = 0;  ///< there is a sum of the terms from the cut to here
+  u32 num_backs = 0;
+  u64 back_begin[most_backs];  ///< and sums of those from here to the cut; descending
+  float floats[room];
+};
+
 /// Each is called for a row or more, never for an element. Every target gives the same bits, those
 /// of row_math: sums over a row are in float, in 16 lanes that are added pairwise, and products are
 /// rounded before they are added. A sum over `width` elements so differs from the exact one by at
@@ -94,9 +125,20 @@ struct MergeKernels {
   void (*merge)(const MergedRows* rows, u32 num_rows, const MergedSlots& slots, u64 begin, u64 end,
                 u32 to, bool stream) noexcept;
 
-  /// The same as weigh() with terms in float and weights 1: out = self * anchor + terms.row[0] + ..
-  void (*add_parts)(const WeighedRows& sum, DType dtype, u32 width, bool as_float,
-                    void* out) noexcept;
+  /// Row `to` + j - begin of `out` = self * anchor + the sum
+  /// of the terms of slot j, one or more, for begin <= j < end; rounded once to the rows' type or,
+  /// with `as_float`, stored as float. Slots ascend from call to call, and a row that is written is
+  /// no term of a later slot.
+  ///
+  /// A range is cut before the term whose number can be divided by the highest power of two. What
+  /// lies before is added from the cut back, what follows from the cut on, then the two. So the
+  /// result depends on the range alone, not on what was asked before; but both parts are kept, and
+  /// as ranges move ahead together their cut mostly stays: a term is read up to three times,
+  /// whatever the length of the ranges. Only sums are added, nothing is taken off again, so the
+  /// error is that of one addition a term, and a term that is not finite stays in the ranges that
+  /// hold it.
+  void (*add_windows)(const WindowedRows& rows, WindowSums& sums, u64 begin, u64 end,
+                      const RowPlaces& out, u32 to, bool as_float) noexcept;
 
   /// sum[i] += weight[t] * rows[t][i] for all t in order.
   void (*add_weighed)(RowPointers rows, const float* weight, DType dtype, u32 width,

@@ -337,5 +337,5 @@ inline void gaussians(const float* distance, const float* width, u32 count, floa
 [[nodiscard]] constexpr MergeKernels merge_kernels_here() noexcept {
   return {squared_norms, neighbours,        cosines,        roots,      gaussians,
           products,      squared_distances, pair_distances, weigh,      merge_slots,
-          add_parts,     add_weighed,       add_scaled,     stream_row, stream_done};
+          add_windows,   add_weighed,       add_scaled,     stream_row, stream_done};
 }
