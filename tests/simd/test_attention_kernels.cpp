@@ -1,10 +1,12 @@
 // Copyright 2026 The KVLean Authors
 // SPDX-License-Identifier: Apache-2.0
 // Products, weighted sums and column sums of every target against double, at the edge of memory.
+#include <algorithm>
 #include <cmath>
 #include <cstring>
 #include <kvlean/core/row_tile.hpp>
 #include <kvlean/simd/attention_kernels.hpp>
+#include <limits>
 #include <memory>
 #include <random>
 #include <vector>
@@ -253,6 +255,51 @@ TEST_CASE("rows add up, and scale, to the last element", "[simd]") {
   }
 }
 
+TEST_CASE("an online softmax of few rows takes one step", "[simd]") {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  for (const simd::Target target : targets()) {
+    const simd::AttentionKernels& kernels = simd::attention_kernels(target);
+    for (const u32 count : {1u, 3u, 16u, 17u, 33u, 128u}) {
+      for (u32 rows = 1; rows <= simd::few_rows; ++rows) {
+        for (const bool with_mass : {false, true}) {
+          CAPTURE(simd::name(target), count, rows, with_mass);
+          const u64 stride = count + 5;
+          const std::vector<float> logits = normals(rows * stride, 61 + count);
+          const std::vector<float> mass = normals(count, 62);
+          std::vector<float> x = logits;
+          std::vector<float> maximum(rows);
+          std::vector<double> sum(rows);
+          // Rows by turns: nothing seen before, a larger logit, and a smaller one.
+          for (u32 r = 0; r < rows; ++r) {
+            maximum[r] = r % 3 == 0 ? -infinity : r % 3 == 1 ? 20.0f : -20.0f;
+          }
+          const u32 grown =
+              kernels.weigh_few({x.data(), stride}, rows, count, 0.0f,
+                                with_mass ? mass.data() : nullptr, maximum.data(), sum.data());
+          for (u32 r = 0; r < rows; ++r) {
+            float largest = r % 3 == 1 ? 20.0f : -infinity;
+            const auto logit = [&](u32 t) {
+              return with_mass ? logits[r * stride + t] + mass[t] : logits[r * stride + t];
+            };
+            for (u32 t = 0; t < count; ++t) largest = std::max(largest, logit(t));
+            REQUIRE((grown >> r & 1) == (r % 3 == 1 ? 0u : 1u));
+            REQUIRE(maximum[r] == largest);
+            double total = 0.0;
+            for (u32 t = 0; t < count; ++t) {
+              const double want = std::exp(static_cast<double>(logit(t) - largest));
+              REQUIRE(std::abs(x[r * stride + t] - want) <= 3e-7 * want);
+              total += want;
+            }
+            REQUIRE(std::abs(sum[r] - total) <= 1e-6 * total);
+            for (u64 t = count; t < stride; ++t)
+              REQUIRE(x[r * stride + t] == logits[r * stride + t]);
+          }
+        }
+      }
+    }
+  }
+}
+
 TEST_CASE("rows ahead are fetched, not read", "[simd]") {
   const u32 width = 40;
   const u32 rows = 5;
@@ -276,7 +323,7 @@ TEST_CASE("rows ahead are fetched, not read", "[simd]") {
       }
       const simd::RowPointers pointers{reinterpret_cast<const std::byte* const*>(list.last()),
                                        count};
-      for (const u32 begin : {0u, 4u, 12u, 40u}) {
+      for (const u32 begin : {0u, 2u, 4u, 12u, 40u}) {
         for (const u32 bytes : {0u, 64u, 1000u}) {
           CAPTURE(simd::name(target), count, begin, bytes);
           const simd::RowsAhead ahead(pointers, bytes, begin);

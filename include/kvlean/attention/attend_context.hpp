@@ -84,20 +84,24 @@ struct AttendContext {
     row_math::scale(query, scale, queries.rows.width);
   }
 
-  /// Logits to weights, online: what was summed so far shrinks when the maximum grows.
-  void weigh(float* weight, u32 count, const float* log_mass, SoftmaxSum& so_far,
-             float* sum) const noexcept {
-    constexpr float infinity = std::numeric_limits<float>::infinity();
-    const float maximum = kernels.logits(weight, count, 1.0f, spec.softcap, log_mass);
-    if (maximum > so_far.maximum) {
-      const float shrink = std::exp(so_far.maximum - maximum);
-      so_far.total *= static_cast<double>(shrink);
-      kernels.scale(sum, cache.values.width, shrink);
-      so_far.maximum = maximum;
+  /// Logits to weights, online: what was summed so far shrinks when a row's maximum grows. Up to
+  /// few_rows rows; `sums` are a value width apart.
+  void weigh(simd::FloatRows weight, u32 rows, u32 count, const float* log_mass, SoftmaxSum* so_far,
+             float* sums) const noexcept {
+    float maximum[simd::few_rows];
+    double added[simd::few_rows];
+    for (u32 r = 0; r < rows; ++r) maximum[r] = so_far[r].maximum;
+    const u32 grown =
+        kernels.weigh_few(weight, rows, count, spec.softcap, log_mass, maximum, added);
+    for (u32 r = 0; r < rows; ++r) {
+      if ((grown >> r & 1) != 0) {
+        const float shrink = std::exp(so_far[r].maximum - maximum[r]);
+        so_far[r].total *= static_cast<double>(shrink);
+        kernels.scale(sums + r * cache.values.width, cache.values.width, shrink);
+        so_far[r].maximum = maximum[r];
+      }
+      so_far[r].total += added[r];
     }
-    // Only logits of -inf (or NaN, which must show) so far: -inf - -inf would make them NaN.
-    const float shift = so_far.maximum == -infinity ? 0.0f : so_far.maximum;
-    so_far.total += kernels.exponentials_or_nan(weight, count, shift);
   }
 
   /// Writes what a query row's sums come to.

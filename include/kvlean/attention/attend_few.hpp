@@ -173,14 +173,24 @@ class AttendFew {
   }
 
   void weigh(TokenRange tile) noexcept {
-    for (u32 r = 0; r < rows_; ++r) {
-      const TokenRange range = seen_in(visible_[r], tile.begin, tile.end - tile.begin);
-      if (range.begin == range.end) continue;
+    for_each_range(tile.begin, tile.end - tile.begin, [&](u32 row, u32 rows, TokenRange range) {
       const float* log_mass =
           cache_.log_mass ? cache_.log_mass.segment(segment_) + tile.begin + range.begin : nullptr;
-      context_.weigh(weights_of(tile) + r * block_max_tile_tokens + range.begin,
-                     range.end - range.begin, log_mass, here_.softmax[r],
-                     here_.sums + r * cache_.values.width);
+      context_.weigh(
+          {weights_of(tile) + row * block_max_tile_tokens + range.begin, block_max_tile_tokens},
+          rows, range.end - range.begin, log_mass, here_.softmax + row,
+          here_.sums + row * cache_.values.width);
+    });
+  }
+  /// body(row, rows, range) for neighbouring query rows that see the same part of some tokens.
+  template <class Body>
+  void for_each_range(u32 token, u32 tokens, Body&& body) const noexcept {
+    for (u32 row = 0; row < rows_;) {
+      const TokenRange range = seen_in(visible_[row], token, tokens);
+      u32 last = row + 1;
+      while (last < rows_ && same_range(seen_in(visible_[last], token, tokens), range)) ++last;
+      if (range.begin != range.end) body(row, last - row, range);
+      row = last;
     }
   }
 
@@ -206,22 +216,13 @@ class AttendFew {
   void blend_rows(simd::RowPointers values, DType dtype, TokenRange tile, u32 first,
                   simd::RowsAhead fetch) noexcept {
     const u32 width = cache_.values.width;
-    for (u32 row = 0; row < rows_;) {
-      const TokenRange range = seen_in(visible_[row], tile.begin + first, values.count);
-      u32 last = row + 1;
-      while (last < rows_ &&
-             same_range(seen_in(visible_[last], tile.begin + first, values.count), range)) {
-        ++last;
-      }
-      if (range.begin != range.end) {
-        const float* weight = weights_of(tile) + row * block_max_tile_tokens + first + range.begin;
-        context_.kernels.blend({weight, block_max_tile_tokens}, last - row,
-                               {values.row + range.begin, range.end - range.begin}, dtype, width,
-                               fetch, {here_.sums + row * width, width});
-        fetch = {};
-      }
-      row = last;
-    }
+    for_each_range(tile.begin + first, values.count, [&](u32 row, u32 rows, TokenRange range) {
+      const float* weight = weights_of(tile) + row * block_max_tile_tokens + first + range.begin;
+      context_.kernels.blend({weight, block_max_tile_tokens}, rows,
+                             {values.row + range.begin, range.end - range.begin}, dtype, width,
+                             fetch, {here_.sums + row * width, width});
+      fetch = {};
+    });
   }
 
   const AttendContext& context_;

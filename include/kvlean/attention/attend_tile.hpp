@@ -66,8 +66,9 @@ class AttendTile {
       if (range.begin == range.end) continue;
       const float* log_mass =
           cache_.log_mass ? cache_.log_mass.segment(segment_) + token + range.begin : nullptr;
-      context_.weigh(weight_ + r * max_tokens + range.begin, range.end - range.begin, log_mass,
-                     softmax_[r], sum_ + r * cache_.values.width);
+      context_.weigh({weight_ + r * max_tokens + range.begin, max_tokens}, 1,
+                     range.end - range.begin, log_mass, softmax_ + r,
+                     sum_ + r * cache_.values.width);
     }
   }
 

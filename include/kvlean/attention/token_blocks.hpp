@@ -20,11 +20,11 @@ inline constexpr u32 block_max_depth = 6;  // parts that wait for their sibling,
 inline constexpr u32 block_max_count = 1u << (block_max_depth - 1);
 inline constexpr u32 block_part_floats = 6144;  // sums of all those parts
 
-/// Tokens that are scored, weighed and blended at a time: keys and values fit the first cache
-/// level while the next ones are fetched. Divides block_min_tokens.
+/// Tokens that are scored, weighed and blended at a time: keys and values fit the second cache
+/// level while the next ones are fetched into it. Divides block_min_tokens.
 [[nodiscard]] constexpr u32 block_tile_tokens(u32 width) noexcept {
   u32 tokens = block_max_tile_tokens;
-  while (tokens > 16 && tokens * width > 8192) tokens /= 2;
+  while (tokens > 16 && tokens * width > 16384) tokens /= 2;
   return tokens;
 }
 

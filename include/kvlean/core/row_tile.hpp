@@ -17,15 +17,29 @@ namespace detail {
   return rows.load == nullptr && rows.dim_stride == 1;
 }
 
+/// Points pointers[i] at address + i * step.
+inline void point_at_steps(const std::byte* address, i64 step, u32 count,
+                           const std::byte** pointers) noexcept {
+  u32 i = 0;
+  for (; i + 4 <= count; i += 4, address += 4 * step) {
+    pointers[i] = address;
+    pointers[i + 1] = address + step;
+    pointers[i + 2] = address + 2 * step;
+    pointers[i + 3] = address + 3 * step;
+  }
+  for (; i < count; ++i, address += step) pointers[i] = address;
+}
+
 /// Points pointers[i] at row token + i of a head. Expects is_contiguous_row. O(count).
 inline simd::RowPointers point_at_rows(const Rows& rows, u32 head, u32 token, u32 count,
                                        const std::byte** pointers) noexcept {
   const i64 step = rows.token_stride * static_cast<i64>(size_bytes(rows.dtype));
+  u32 run = straight_tokens(rows, token, count);
   for (u32 done = 0; done < count;) {
-    const u32 run = straight_tokens(rows, token + done, count - done);
-    const std::byte* address = row_address(rows, head, token + done);
-    for (u32 i = 0; i < run; ++i) pointers[done + i] = address + static_cast<i64>(i) * step;
+    point_at_steps(row_address(rows, head, token + done), step, run, pointers + done);
     done += run;
+    const u32 most = rows.order != nullptr ? 1 : rows.page_tokens;  // what follows begins a page
+    run = std::min(most, count - done);
   }
   return {pointers, count};
 }

@@ -16,8 +16,8 @@ struct RowPointers {
 };
 
 /// Rows that later kernels read, to be fetched into the cache meanwhile, one for each row read now.
-/// An eighth of them is begun with each in turn: as a rule these lie in different pages, and
-/// memory serves eight streams faster than one.
+/// An eighth of them is begun with each in turn, and two are fetched line by line: as a rule these
+/// lie in different pages, and memory serves eight streams faster than one.
 struct RowsAhead {
   RowsAhead() noexcept = default;
   RowsAhead(RowPointers pointers, u32 bytes_each = 0, u32 begin_at = 0) noexcept
@@ -25,7 +25,7 @@ struct RowsAhead {
 
   RowPointers rows;
   u32 bytes = 0;  ///< of each row; 0: as many as those of the rows that are read now
-  u32 begin = 0;  ///< rows fetched before, a multiple of 4
+  u32 begin = 0;  ///< rows fetched before, a multiple of 2
 };
 
 /// Rows of floats `stride` floats apart.
@@ -49,8 +49,7 @@ inline constexpr u32 few_rows = 8;
 /// No argument needs alignment, and nothing beyond the extents is read or written.
 struct AttentionKernels {
   /// out[r][t] = queries[r] . keys[t]. A group's few query rows: keys are widened as they are read,
-  /// lanes run along the row. While key t is read, the t-th of `ahead` (which may be empty) is
-  /// fetched.
+  /// lanes run along the row. Meanwhile as many rows of `ahead` (which may be empty) are fetched.
   void (*score_few)(ConstFloatRows queries, u32 rows, RowPointers keys, DType dtype, u32 width,
                     RowsAhead ahead, FloatRows out) noexcept;
 
@@ -72,8 +71,12 @@ struct AttentionKernels {
 
   /// x[t] = exp(x[t] - shift), returns the sum of those that are not NaN, in double over blocks.
   double (*exponentials)(float* x, u32 count, float shift) noexcept;
-  /// The same with a NaN anywhere making the sum NaN.
-  double (*exponentials_or_nan)(float* x, u32 count, float shift) noexcept;
+  /// One step of an online softmax over up to few_rows rows. x[r][t] becomes a logit, as above with
+  /// scale 1, then exp(x[r][t] - maximum[r]); maximum[r] is the largest logit so far, and a step
+  /// that has seen none but -inf takes 0 in its place. sum[r] becomes the sum of the row, in double
+  /// over blocks, NaN if one is. Returns the bits of the rows whose maximum grew.
+  u32 (*weigh_few)(FloatRows x, u32 rows, u32 count, float softcap, const float* log_mass,
+                   float* maximum, double* sum) noexcept;
 
   /// x[t] *= factor
   void (*scale)(float* x, u32 count, float factor) noexcept;

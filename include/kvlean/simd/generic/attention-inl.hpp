@@ -15,7 +15,7 @@
           row_logits,
           row_maximum,
           row_exponentials<false>,
-          row_exponentials<true>,
+          weigh_few,
           scale_row,
           add_rows};
 }

@@ -6,7 +6,8 @@
 /// repeat it and are not written.
 template <class E, u32 rows, u32 vectors>
 inline void blend_block(ConstFloatRows weight, u32 used_rows, RowPointers values, u32 column,
-                        RowsAhead ahead, u32 ahead_from, u32 ahead_to, FloatRows out) noexcept {
+                        Fetch& ahead, u32 every, FloatRows out) noexcept {
+  Fetch fetch = ahead;  // in registers
   const float* weights[rows];
   Vector sum[rows][vectors];
   KVLEAN_SIMD_UNROLL
@@ -30,14 +31,19 @@ inline void blend_block(ConstFloatRows weight, u32 used_rows, RowPointers values
       for (u32 c = 0; c < vectors; ++c) sum[r][c] = fma(w, v[c], sum[r][c]);
     }
   };
+  u32 wait = 1;
   u32 t = 0;
   for (; t + 4 <= values.count; t += 4) {
-    prefetch_rows(ahead, t, ahead_from, ahead_to);
+    if (--wait == 0) {
+      fetch_pair(fetch);
+      if (every == 0) fetch_pair(fetch);
+      wait = every == 0 ? 1 : every;
+    }
     KVLEAN_SIMD_UNROLL
     for (u32 i = 0; i < 4; ++i) add_value(t + i);
   }
-  if (t < values.count) prefetch_rows(ahead, t, ahead_from, ahead_to);
   for (; t < values.count; ++t) add_value(t);
+  ahead = fetch;
   KVLEAN_SIMD_UNROLL
   for (u32 r = 0; r < rows; ++r) {
     if (r >= used_rows) break;
@@ -68,18 +74,15 @@ inline void blend_rows_of(ConstFloatRows weight, u32 used_rows, RowPointers valu
                           RowsAhead ahead, FloatRows sum) noexcept {
   constexpr u32 step = blend_width * lanes;
   u32 column = 0;
-  u32 fetched = 0;  // bytes of the rows ahead; each pass takes its share, the last the rest
+  // Two pairs of rows ahead for four values, spread over the passes.
+  const u32 passes = width / step + width % step / lanes;
+  const u32 every = passes / 2;
+  Fetch fetch(ahead);
   for (; column + step <= width; column += step) {
-    const u32 share = column + 2 * step <= width
-                          ? fetched + (step * static_cast<u32>(sizeof(E)) + 63) / 64 * 64
-                          : ahead.bytes;
-    blend_block<E, rows, blend_width>(weight, used_rows, values, column, ahead, fetched, share,
-                                      sum);
-    fetched = share;
+    blend_block<E, rows, blend_width>(weight, used_rows, values, column, fetch, every, sum);
   }
   for (; column + lanes <= width; column += lanes) {
-    blend_block<E, rows, 1>(weight, used_rows, values, column, ahead, fetched, ahead.bytes, sum);
-    fetched = ahead.bytes;
+    blend_block<E, rows, 1>(weight, used_rows, values, column, fetch, every, sum);
   }
   if (column < width) blend_rest<E>(weight, used_rows, values, column, width - column, sum);
 }

@@ -2,37 +2,41 @@
 // SPDX-License-Identifier: Apache-2.0
 // Query rows times key rows.
 
-/// Fetches bytes [from, to) of the four rows whose turn it is while rows [t, t + 4) are read, into
-/// the second cache level: the first has fewer places for lines that are under way.
-/// Always inlined: to g++ a call that only prefetches does nothing, and is dropped.
-__attribute__((always_inline)) inline void prefetch_rows(const RowsAhead& ahead, u32 t, u32 from,
-                                                         u32 to) noexcept {
-  const std::size_t eighth = (ahead.rows.count + 7) / 8;
-  const std::size_t n = ahead.begin + t;
-  if (n >= 8 * eighth) return;
-  const std::size_t first = n % 8 * eighth + n / 8;
-  const std::size_t last = ahead.rows.count - 1;
-  const auto row_at = [&ahead](std::size_t i) noexcept { return ahead.rows.row[i]; };
-  const std::byte* a;
-  const std::byte* b;
-  const std::byte* c;
-  const std::byte* d;
-  if (first + 3 * eighth <= last) {
-    a = row_at(first);
-    b = row_at(first + eighth);
-    c = row_at(first + 2 * eighth);
-    d = row_at(first + 3 * eighth);
-  } else {
-    a = row_at(first < last ? first : last);
-    b = row_at(first + eighth < last ? first + eighth : last);
-    c = row_at(first + 2 * eighth < last ? first + 2 * eighth : last);
-    d = row_at(last);
+/// What is left of rows to be fetched. Pairs of rows, one of each half, from a quarter of the
+/// halves after the other; what does not fill quarters is left to the CPU.
+struct Fetch {
+  const std::byte* const* next = nullptr;
+  const std::byte* const* end = nullptr;  ///< of the first half
+  std::size_t half = 0;
+  std::size_t quarter = 0;
+  std::size_t pairs = 0;  ///< left to fetch
+  u32 bytes = 0;
+
+  explicit Fetch(const RowsAhead& ahead) noexcept {
+    half = ahead.rows.count / 2;
+    quarter = half / 4;
+    const std::size_t done = ahead.begin / 2;
+    if (done >= 4 * quarter) return;
+    next = ahead.rows.row + done % 4 * quarter + done / 4;
+    end = ahead.rows.row + 4 * quarter;
+    pairs = 4 * quarter - done;
+    bytes = ahead.bytes;
   }
-  for (u32 at = from; at < to; at += 64) {
-    __builtin_prefetch(a + at, 0, 2);
-    __builtin_prefetch(b + at, 0, 2);
-    __builtin_prefetch(c + at, 0, 2);
-    __builtin_prefetch(d + at, 0, 2);
+};
+
+/// Fetches a pair of rows, a line of each in turn, into the second cache level: the first has fewer
+/// places for lines that are under way.
+/// Always inlined: to g++ a call that only prefetches does nothing, and is dropped.
+__attribute__((always_inline)) inline void fetch_pair(Fetch& fetch) noexcept {
+  if (fetch.pairs == 0) return;
+  --fetch.pairs;
+  const std::byte* a = fetch.next[0];
+  const std::byte* b = fetch.next[fetch.half];
+  fetch.next += fetch.quarter;
+  if (fetch.next >= fetch.end) fetch.next -= 4 * fetch.quarter - 1;
+  for (const std::byte* const end = a + fetch.bytes; a < end; a += 64, b += 64) {
+    __builtin_prefetch(a, 0, 2);
+    __builtin_prefetch(b, 0, 2);
   }
 }
 
@@ -61,6 +65,8 @@ inline void score_row_block(ConstFloatRows queries, u32 used_rows, RowPointers k
   }
   const u32 whole = width / lanes * lanes;
   const u32 rest = width - whole;
+  const u32 middle = whole / (2 * lanes) * lanes;
+  Fetch fetch(ahead);
   for (u32 t = 0; t < keys.count; t += 4) {
     const u32 here = keys.count - t < 4 ? keys.count - t : 4;
     // Past the last key the first is read again, and not written.
@@ -68,14 +74,15 @@ inline void score_row_block(ConstFloatRows queries, u32 used_rows, RowPointers k
     const E* key1 = reinterpret_cast<const E*>(keys.row[t + (here > 1 ? 1 : 0)]);
     const E* key2 = reinterpret_cast<const E*>(keys.row[t + (here > 2 ? 2 : 0)]);
     const E* key3 = reinterpret_cast<const E*>(keys.row[t + (here > 3 ? 3 : 0)]);
-    prefetch_rows(ahead, t, 0, ahead.bytes);
     Vector sum[rows][4];
     KVLEAN_SIMD_UNROLL
     for (u32 r = 0; r < rows; ++r) {
       KVLEAN_SIMD_UNROLL
       for (u32 j = 0; j < 4; ++j) sum[r][j] = zero();
     }
+    fetch_pair(fetch);
     for (u32 i = 0; i < whole; i += lanes) {
+      if (i == middle) fetch_pair(fetch);
       const Vector k[4] = {load(key0 + i), load(key1 + i), load(key2 + i), load(key3 + i)};
       KVLEAN_SIMD_UNROLL
       for (u32 r = 0; r < rows; ++r) {

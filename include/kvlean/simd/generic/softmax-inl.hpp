@@ -13,7 +13,30 @@ inline void store_some(Vector a, float* x, u32 n) noexcept {
   }
 }
 
-inline float row_maximum(const float* x, u32 count) noexcept {
+/// Scales, caps and shifts one vector of logits.
+template <bool capped>
+inline Vector finish_logits(Vector x, Vector factor, Vector cap, const float* log_mass,
+                            u32 n) noexcept {
+  x = mul(x, factor);
+  if (capped) x = mul(cap, hyperbolic_tangent(x));
+  return log_mass != nullptr ? add(x, load_some(log_mass, n)) : x;
+}
+
+/// The largest of a row that are not NaN: by lane, and of the last elements.
+struct Largest {
+  Vector lane;
+  float rest;
+
+  [[nodiscard]] float value() const noexcept {
+    const float whole = reduce_max(lane);
+    return rest > whole ? rest : whole;
+  }
+  [[nodiscard]] bool exceeds(float x) const noexcept {
+    return at_least(set1(x), lane) != (1u << lanes) - 1 || rest > x;
+  }
+};
+
+inline Largest largest_of_row(const float* x, u32 count) noexcept {
   constexpr float infinity = std::numeric_limits<float>::infinity();
   Vector first = set1(-infinity);
   Vector second = first;
@@ -26,51 +49,51 @@ inline float row_maximum(const float* x, u32 count) noexcept {
     first = max(load(x + t), first);
     t += lanes;
   }
-  float largest = reduce_max(max(first, second));
-  for (; t < count; ++t) largest = x[t] > largest ? x[t] : largest;  // masked lanes would be zeros
+  Largest largest{max(first, second), -infinity};
+  // Masked lanes would be zeros.
+  for (; t < count; ++t) largest.rest = x[t] > largest.rest ? x[t] : largest.rest;
   return largest;
 }
-
-/// Scales, caps and shifts one vector of logits.
-template <bool capped>
-inline Vector finish_logits(Vector x, Vector factor, Vector cap, const float* log_mass,
-                            u32 n) noexcept {
-  x = mul(x, factor);
-  if (capped) x = mul(cap, hyperbolic_tangent(x));
-  return log_mass != nullptr ? add(x, load_some(log_mass, n)) : x;
+inline float row_maximum(const float* x, u32 count) noexcept {
+  return largest_of_row(x, count).value();
 }
 
 template <bool capped>
-inline float row_logits_of(float* x, u32 count, float scale, float softcap,
-                           const float* log_mass) noexcept {
+inline Largest row_logits_of(float* x, u32 count, float scale, float softcap,
+                             const float* log_mass) noexcept {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
   const Vector factor = set1(capped ? scale / softcap : scale);
   const Vector cap = set1(softcap);
-  Vector largest = set1(-std::numeric_limits<float>::infinity());
+  Largest largest{set1(-infinity), -infinity};
   u32 t = 0;
   for (; t + lanes <= count; t += lanes) {
     const Vector a = finish_logits<capped>(load(x + t), factor, cap,
                                            log_mass != nullptr ? log_mass + t : nullptr, lanes);
     store(a, x + t);
-    largest = max(a, largest);
+    largest.lane = max(a, largest.lane);
   }
-  float result = reduce_max(largest);
   if (t < count) {
     const u32 n = count - t;
     store(finish_logits<capped>(load(x + t, n), factor, cap,
                                 log_mass != nullptr ? log_mass + t : nullptr, n),
           x + t, n);
-    for (; t < count; ++t) result = x[t] > result ? x[t] : result;
+    for (; t < count; ++t) largest.rest = x[t] > largest.rest ? x[t] : largest.rest;
   }
-  return result;
+  return largest;
 }
 
-inline float row_logits(float* x, u32 count, float scale, float softcap,
-                        const float* log_mass) noexcept {
+inline Largest row_largest(float* x, u32 count, float scale, float softcap,
+                           const float* log_mass) noexcept {
   if (softcap > 0.0f) return row_logits_of<true>(x, count, scale, softcap, log_mass);
   if (scale != 1.0f || log_mass != nullptr) {
     return row_logits_of<false>(x, count, scale, softcap, log_mass);
   }
-  return row_maximum(x, count);
+  return largest_of_row(x, count);
+}
+
+inline float row_logits(float* x, u32 count, float scale, float softcap,
+                        const float* log_mass) noexcept {
+  return row_largest(x, count, scale, softcap, log_mass).value();
 }
 
 template <bool keep_nan>
@@ -110,4 +133,24 @@ inline double row_exponentials(float* x, u32 count, float shift) noexcept {
     }
   }
   return total;
+}
+
+inline u32 weigh_few(FloatRows x, u32 rows, u32 count, float softcap, const float* log_mass,
+                     float* maximum, double* sum) noexcept {
+  constexpr float infinity = std::numeric_limits<float>::infinity();
+  u32 grown = 0;
+  for (u32 r = 0; r < rows; ++r) {
+    const Largest largest = row_largest(x.data + r * x.stride, count, 1.0f, softcap, log_mass);
+    if (!largest.exceeds(maximum[r])) continue;
+    const float value = largest.value();
+    if (!(value > maximum[r])) continue;
+    maximum[r] = value;
+    grown |= 1u << r;
+  }
+  for (u32 r = 0; r < rows; ++r) {
+    // Only logits of -inf (or NaN, which must show) so far: -inf - -inf would make them NaN.
+    const float shift = maximum[r] == -infinity ? 0.0f : maximum[r];
+    sum[r] = row_exponentials<true>(x.data + r * x.stride, count, shift);
+  }
+  return grown;
 }
