@@ -92,20 +92,16 @@ namespace detail {
   const bool lines = rows_are_lines(cache.keys, s) && rows_are_lines(cache.values, s);
   const RowAddresses key_at(cache.keys, s);
   const RowAddresses value_at(cache.values, s);
-  RowsAhead ahead(key_at, &value_at, row_bytes, length);
+  RowsAhead ahead(key_at, &value_at, length);
   const simd::MergeKernels& kernels = simd::merge_kernels();
   bool streamed = false;
-  u32 fetched_to = 0;
   for (u64 begin = plan.first[s]; begin < plan.first[s + 1];) {
     const u64 end = std::min<u64>(begin + at_once, plan.first[s + 1]);
     const u32 to = static_cast<u32>(begin - plan.first[s]);
     const u32 last = plan.anchor[end - 1];
     const bool streams = lines && (plan.anchor[begin] - to) * row_bytes >= streamed_distance;
     const std::byte* fetched[most_fetched];
-    const simd::RowPointers soon =
-        ahead.take(last + ahead.window() - std::min(fetched_to, last + ahead.window()), 16,
-                   most_fetched, fetched);
-    fetched_to = last + ahead.window();
+    const simd::RowPointers soon = ahead.take(last + 2 * RowsAhead::lead, most_fetched, fetched);
     const u32 half = soon.count / 2;
     rows[0].ahead = {soon.row, half};
     rows[1].ahead = {soon.row + half, soon.count - half};

@@ -34,54 +34,33 @@ class RowAddresses {
   i64 step_ = 0;
 };
 
-/// The rows of one tensor, or of two side by side, to be prefetched in a loop over tokens: in an
-/// order that goes along several pages at a time, because the CPU reads ahead in each page by
-/// itself, and one page is too few to keep the memory busy.
+/// The rows of one tensor, or of two side by side, to be prefetched in a loop over tokens, in order.
+/// The loop asks often for a few: the memory is then busy all the time.
 class RowsAhead {
  public:
-  RowsAhead(const RowAddresses& first, const RowAddresses* second, std::size_t row_bytes,
-            u32 length) noexcept
-      : first_(first),
-        second_(second),
-        length_(length),
-        page_rows_(static_cast<u32>(std::max<std::size_t>(page_bytes / row_bytes, 1))),
-        pages_(second != nullptr ? pages / 2 : pages) {}
+  /// So many tokens ahead, rows arrive in time and still fit into the first cache.
+  static constexpr u32 lead = 32;
 
-  /// Tokens from the first row that is asked for to the last, at most: start with so many.
-  [[nodiscard]] u32 window() const noexcept { return page_rows_ * pages_; }
-  /// The next rows, those of `tokens` tokens times sixteenths / 16, into pointers[most].
-  simd::RowPointers take(u32 tokens, u32 sixteenths, u32 most,
-                         const std::byte** pointers) noexcept {
+  RowsAhead(const RowAddresses& first, const RowAddresses* second, u32 length) noexcept
+      : first_(first), second_(second), length_(length) {}
+
+  /// The rows before token `to` that were not asked for yet, at most `most`, into pointers[most].
+  simd::RowPointers take(u32 to, u32 most, const std::byte** pointers) noexcept {
     const u32 tensors = second_ != nullptr ? 2 : 1;
-    const u32 wanted = std::min(tokens * tensors * sixteenths / 16, most);
+    const u32 end = std::min({to, length_, next_ + most / tensors});
     u32 count = 0;
-    for (u32 i = 0; i < wanted && block_ < length_; ++i) {
-      const u32 token = block_ + page_ * page_rows_ + row_;
-      if (token < length_) {
-        pointers[count++] = first_(token);
-        if (second_ != nullptr && ++i < most) pointers[count++] = (*second_)(token);
-      }
-      if (++page_ != pages_) continue;
-      page_ = 0;
-      if (++row_ != page_rows_) continue;
-      row_ = 0;
-      block_ += window();
+    for (; next_ < end; ++next_) {
+      pointers[count++] = first_(next_);
+      if (second_ != nullptr) pointers[count++] = (*second_)(next_);
     }
     return {pointers, count};
   }
 
  private:
-  static constexpr std::size_t page_bytes = 4096;
-  static constexpr u32 pages = 8;
-
   const RowAddresses& first_;
   const RowAddresses* second_;
   u32 length_;
-  u32 page_rows_;
-  u32 pages_;  // of each tensor
-  u32 block_ = 0;
-  u32 page_ = 0;
-  u32 row_ = 0;
+  u32 next_ = 0;
 };
 
 /// Calls body(first, pointers, dtype) for a segment's rows in pieces of up to 64, in order; those

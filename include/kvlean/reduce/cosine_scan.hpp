@@ -27,6 +27,8 @@ class CosineScan {
     const float* cosine = nullptr;
   };
   [[nodiscard]] bool done() const noexcept { return next_ == length_; }
+  /// Keys that have been read.
+  [[nodiscard]] u32 position() const noexcept { return next_; }
   /// Rows of `ahead` are prefetched on the way.
   [[nodiscard]] Pairs next(simd::RowPointers ahead) noexcept {
     const u32 first = next_;

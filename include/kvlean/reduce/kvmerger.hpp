@@ -217,13 +217,13 @@ struct KVMergerReducer {
       u8* state = sets.state + sets.first[s];
       u8* linked = sets.linked + sets.first[s];
       const detail::RowAddresses key_at(cache.keys, s);
-      detail::RowsAhead ahead(key_at, nullptr, cache.keys.width * size_bytes(cache.keys.dtype),
+      detail::RowsAhead ahead(key_at, nullptr,
                               detail::is_contiguous_row(cache.keys) ? length : 0);
       sets.slots[s] = form_sets(
           form, context, score, scores.has_mass, length, limit[s], limit[s], cache.frozen, state,
           linked, orders + worker * order_size(longest), sets.evicted[s], [&](u32) noexcept {
             return detail::scan_sets(
-                cache.keys, s, length, epsilon, state, linked, ahead, 16,
+                cache.keys, s, length, epsilon, state, linked, ahead, detail::RowsAhead::lead,
                 [&](u32 begin, u32 end) noexcept {
                   detail::weigh_sets(cache, rotation, s, key_at, score, state, linked, begin, end,
                                      weights(), members + at, sets.weight + sets.first[s]);
@@ -268,7 +268,7 @@ struct KVMergerReducer {
             form, context, score, scores.has_mass, length, limit[s], limit[s], cache.frozen, state,
             linked, orders + worker * order_size(longest), sets.evicted[s], [&](u32) noexcept {
               return detail::scan_sets(cache.keys, s, length, epsilon, state, linked,
-                                       merger.ahead(), 4, write);
+                                       merger.ahead(), detail::RowsAhead::lead * 3 / 8, write);
             });
       } else {
         detail::for_each_group(length, linked, write);

@@ -59,7 +59,7 @@ class InPlaceMerger {
         sets_(cache, rotation.rotation(), segment, options, nullptr),
         key_at_(cache.keys, segment),
         value_at_(cache.values, segment),
-        ahead_(key_at_, &value_at_, cache.keys.width * size_bytes(cache.keys.dtype), length_),
+        ahead_(key_at_, &value_at_, length_),
         key_writer_(plan_, cache, rotation, segment),
         value_blender_(cache.values, segment) {
     plan_.segments = 1;
@@ -80,7 +80,7 @@ class InPlaceMerger {
   InPlaceMerger& operator=(const InPlaceMerger&) = delete;
 
   [[nodiscard]] u32 slots() const noexcept { return slots_; }
-  /// Rows that are to be prefetched: write() asks for three quarters of its tokens'.
+  /// Rows that are to be prefetched: write() asks for those up to RowsAhead::lead.
   [[nodiscard]] RowsAhead& ahead() noexcept { return ahead_; }
 
   /// Writes the sets in [begin, end), whole sets; evicted ones, state 2, get no slot.
@@ -92,13 +92,13 @@ class InPlaceMerger {
       return;
     }
     batch_.find(score_, state, linked, begin, end);
-    const u32 count = end - begin;
+    const u32 early = keys_are_near_ ? RowsAhead::lead * 5 / 8 : RowsAhead::lead * 3 / 8;
     batch_.weigh(cache_, sets_.rotation(), s_, key_at_, sets_.options(),
-                 ahead_.take(count, 4, most_fetched, fetched_));
+                 ahead_.take(end + early, most_fetched, fetched_));
     point_plan(batch_.pivot, batch_.self, batch_.term_begin, batch_.term_end, batch_.token,
                batch_.weight);
     if (plan_.term_value_weight != nullptr) scale_values();
-    merge_rows(count);
+    merge_rows(end);
     if (cache_.positions || cache_.log_mass) {
       for (u32 i = 0; i < batch_.slots; ++i) write_arrays_of(i, slots_ + i);
     }
@@ -178,14 +178,12 @@ class InPlaceMerger {
     write_arrays(batch_.pivot[i], to);
   }
 
-  /// The batch's rows of K and V.
-  void merge_rows(u32 count) noexcept {
+  /// The batch's rows of K and V, tokens before `end`.
+  void merge_rows(u32 end) noexcept {
     if (batch_.slots == 0) return;
     simd::MergedRows rows[2];
     u32 num_rows = 0;
-    // The scan has prefetched the rest.
-    const simd::RowPointers ahead =
-        ahead_.take(count, keys_are_near_ ? 8 : 12, most_fetched, fetched_);
+    const simd::RowPointers ahead = ahead_.take(end + RowsAhead::lead, most_fetched, fetched_);
     const u32 half = moves_keys_ ? ahead.count / 2 : 0;
     if (moves_keys_) {
       rows[num_rows] = keys_;

@@ -10,11 +10,11 @@ namespace detail {
 
 /// The threshold form's links and sets in one reading of the keys: calls closed(begin, end) for
 /// whole sets, in order, when the keys of [begin, end) and of the token after it have been read. By
-/// then nothing before `end` is read again. Writes linked[t]; returns the number of links. `share`
-/// sixteenths of the rows `ahead` are prefetched meanwhile.
+/// then nothing before `end` is read again. Writes linked[t]; returns the number of links. Rows of
+/// up to `fetched_tokens` tokens after a tile are prefetched while it is read.
 template <class Closed>
 u32 scan_sets(const Rows& keys, u32 head, u32 length, float epsilon, const u8* state, u8* linked,
-              RowsAhead& ahead, u32 share, Closed&& closed) noexcept {
+              RowsAhead& ahead, u32 fetched_tokens, Closed&& closed) noexcept {
   if (length == 0) return 0;
   CosineScan scan(keys, head, length);
   const std::byte* fetched[2 * CosineScan::tile];
@@ -22,7 +22,8 @@ u32 scan_sets(const Rows& keys, u32 head, u32 length, float epsilon, const u8* s
   u32 begin = 0;
   while (!scan.done()) {
     const CosineScan::Pairs pairs =
-        scan.next(ahead.take(CosineScan::tile, share, 2 * CosineScan::tile, fetched));
+        scan.next(ahead.take(scan.position() + CosineScan::tile + fetched_tokens,
+                             2 * CosineScan::tile, fetched));
     links += link_above(pairs.cosine, state + pairs.begin, pairs.end - pairs.begin + 1, epsilon,
                         linked + pairs.begin);
     u32 end = pairs.end;

@@ -27,11 +27,12 @@ namespace detail {
 inline void adjacent_cosines(const Rows& keys, u32 head, u32 length, float* cosine) noexcept {
   CosineScan scan(keys, head, length);
   const RowAddresses key_at(keys, head);
-  RowsAhead ahead(key_at, nullptr, keys.width * size_bytes(keys.dtype),
-                  is_contiguous_row(keys) ? length : 0);
-  const std::byte* fetched[CosineScan::tile];
-  for (u32 tokens = ahead.window(); !scan.done(); tokens = CosineScan::tile) {
-    const CosineScan::Pairs pairs = scan.next(ahead.take(tokens, 16, CosineScan::tile, fetched));
+  RowsAhead ahead(key_at, nullptr, is_contiguous_row(keys) ? length : 0);
+  constexpr u32 most_fetched = 2 * CosineScan::tile;
+  const std::byte* fetched[most_fetched];
+  while (!scan.done()) {
+    const CosineScan::Pairs pairs =
+        scan.next(ahead.take(scan.position() + most_fetched, most_fetched, fetched));
     std::copy_n(pairs.cosine, pairs.end - pairs.begin, cosine + pairs.begin);
   }
 }

@@ -147,6 +147,7 @@ inline void transpose(const float* in, u64 in_stride, float* out, u64 out_stride
 
 // Merging.
 inline constexpr u32 neighbour_rows = 2;
+inline constexpr u32 held_vectors = 0;
 inline constexpr u32 weigh_vectors = 8;
 
 inline Vector rounded_product(Vector a, Vector b) noexcept {

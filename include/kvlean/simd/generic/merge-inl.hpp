@@ -122,7 +122,12 @@ inline void squared_distances(const void* from, RowPointers rows, DType dtype, u
 }
 
 inline void fetch_row(const std::byte* row, u32 bytes) noexcept {
-  for (u32 at = 0; at < bytes; at += 64) __builtin_prefetch(row + at);
+  u32 at = 0;
+  for (; at + 256 <= bytes; at += 256) {  // mostly once
+    KVLEAN_SIMD_UNROLL
+    for (u32 line = 0; line < 256; line += 64) __builtin_prefetch(row + at + line);
+  }
+  for (; at < bytes; at += 64) __builtin_prefetch(row + at);
 }
 
 template <class E, u32 rows>
@@ -240,10 +245,53 @@ KVLEAN_SIMD_INLINE void neighbour_block(const E* const* row, u32 used, u32 width
   write_sums<rows>(cross, used, product);
 }
 
+/// The same for whole tiles of rows of `vectors` vectors of 16 lanes: each row is widened once.
+template <class E, u32 vectors>
+inline void neighbours_held(const E* previous, RowPointers rows, RowPointers ahead, float* squared,
+                            float* product) noexcept {
+  constexpr u32 bytes = vectors * lanes * sizeof(E);
+  Vector before[vectors];
+  KVLEAN_SIMD_UNROLL
+  for (u32 v = 0; v < vectors; ++v) before[v] = load(previous + v * lanes);
+  const u32 step = (ahead.count + rows.count - 1) / rows.count;
+  u32 fetched = 0;
+  for (u32 t = 0; t < rows.count; t += neighbour_rows) {
+    const u32 used = rows.count - t < neighbour_rows ? rows.count - t : neighbour_rows;
+    Vector norm[neighbour_rows][sum_vectors];
+    Vector cross[neighbour_rows][sum_vectors];
+    KVLEAN_SIMD_UNROLL
+    for (u32 r = 0; r < neighbour_rows; ++r) {
+      const E* row = reinterpret_cast<const E*>(rows.row[t + (r < used ? r : used - 1)]);
+      Vector own = zero();
+      Vector both = zero();
+      KVLEAN_SIMD_UNROLL
+      for (u32 v = 0; v < vectors; ++v) {
+        const Vector x = load(row + v * lanes);
+        own = add(own, rounded_product(x, x));
+        both = add(both, rounded_product(before[v], x));
+        before[v] = x;
+      }
+      norm[r][0] = own;
+      cross[r][0] = both;
+      for (u32 i = 0; i < step && fetched < ahead.count; ++i) {
+        fetch_row(ahead.row[fetched++], bytes);
+      }
+    }
+    write_sums<neighbour_rows>(norm, used, squared + t);
+    write_sums<neighbour_rows>(cross, used, product + t);
+  }
+}
+
 template <class E>
 inline void neighbours_of(const void* previous, RowPointers rows, u32 width, RowPointers ahead,
                           float* squared, float* product) noexcept {
   const E* before = static_cast<const E*>(previous != nullptr ? previous : rows.row[0]);
+  if constexpr (held_vectors != 0) {
+    if (width == held_vectors * lanes) {
+      neighbours_held<E, held_vectors>(before, rows, ahead, squared, product);
+      return;
+    }
+  }
   const u32 bytes = width * static_cast<u32>(sizeof(E));
   const u32 step = (ahead.count + rows.count - 1) / rows.count * neighbour_rows;
   u32 fetched = 0;
