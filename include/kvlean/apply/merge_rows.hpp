@@ -34,27 +34,32 @@ namespace detail {
 /// Whether a segment's slots are in order as MergeKernels::merge has them: their terms follow each
 /// other and ascend, and a slot's tokens lie after all of the slot before. O(slots + terms).
 [[nodiscard]] inline bool slots_follow(const CompressionPlan& plan, u32 segment) noexcept {
-  u32 from = 0;  // the lowest token that may come
   const u64 first = plan.first[segment];
   if (first == plan.first[segment + 1]) return true;
-  u64 next_term = plan.term_begin[first];
-  u32 broken = 0;
+  const u64 first_term = plan.term_begin[first];
+  u64 next_term = first_term;
+  u32 from = 0;  // the lowest token that may come
   for (u64 slot = first; slot < plan.first[segment + 1]; ++slot) {
+    const u64 begin = plan.term_begin[slot];
+    const u64 end = plan.term_end[slot];
+    if (begin != next_term || end < begin) return false;
     const u32 anchor = plan.anchor[slot];
-    u32 last = anchor;
-    broken |= unsigned{anchor < from} | unsigned{plan.term_begin[slot] != next_term};
-    next_term = plan.term_end[slot];
-    if (plan.term_begin[slot] != next_term) {
-      for (u64 term = plan.term_begin[slot]; term < next_term; ++term) {
-        broken |= unsigned{plan.term_token[term] < from};
-        from = plan.term_token[term] + 1;
-      }
-      last = std::max(last, from - 1);
+    u32 lowest = anchor;
+    u32 highest = anchor;
+    if (plan.num_terms != 0) {  // no branch on the number of terms: it can't be foreseen
+      const bool any = begin != end;
+      lowest = std::min(lowest, plan.term_token[any ? begin : 0] | (any ? 0u : ~0u));
+      highest = std::max(highest, plan.term_token[any ? end - 1 : 0] & (any ? ~0u : 0u));
     }
-    if (broken != 0) return false;  // soon, where slots share terms
-    from = last + 1;
+    if (lowest < from) return false;
+    from = highest + 1;
+    next_term = end;
   }
-  return true;
+  unsigned broken = 0;
+  for (u64 term = first_term + 1; term < next_term; ++term) {
+    broken |= unsigned{plan.term_token[term] <= plan.term_token[term - 1]};
+  }
+  return broken == 0;
 }
 
 /// Whether a plan blends rows as they lie and does nothing else to them, so that each slot's can be

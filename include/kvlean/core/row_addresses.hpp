@@ -34,8 +34,8 @@ class RowAddresses {
   i64 step_ = 0;
 };
 
-/// The rows of one tensor, or of two side by side, to be prefetched in a loop over tokens, in order.
-/// The loop asks often for a few: the memory is then busy all the time.
+/// The rows of one tensor, or of two side by side, to be prefetched in a loop over tokens, in
+/// order. The loop asks often for a few: the memory is then busy all the time.
 class RowsAhead {
  public:
   /// So many tokens ahead, rows arrive in time and still fit into the first cache.

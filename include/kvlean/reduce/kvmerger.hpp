@@ -217,8 +217,7 @@ struct KVMergerReducer {
       u8* state = sets.state + sets.first[s];
       u8* linked = sets.linked + sets.first[s];
       const detail::RowAddresses key_at(cache.keys, s);
-      detail::RowsAhead ahead(key_at, nullptr,
-                              detail::is_contiguous_row(cache.keys) ? length : 0);
+      detail::RowsAhead ahead(key_at, nullptr, detail::is_contiguous_row(cache.keys) ? length : 0);
       sets.slots[s] = form_sets(
           form, context, score, scores.has_mass, length, limit[s], limit[s], cache.frozen, state,
           linked, orders + worker * order_size(longest), sets.evicted[s], [&](u32) noexcept {
@@ -315,7 +314,7 @@ struct KVMergerReducer {
       const detail::SetWriter writer(
           cache, rotation, s, weights(),
           sets.weight != nullptr ? sets.weight + sets.first[s] : nullptr);
-      sets.write_segment(writer, sets.score(scores, s), s, cache.length(s), first_term[s], plan);
+      sets.write_segment(writer, cache, sets.score(scores, s), s, first_term[s], plan);
     });
     return StatusCode::ok;
   }

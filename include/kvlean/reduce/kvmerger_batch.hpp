@@ -49,6 +49,21 @@ class SetBatch {
     std::fill_n(self, slots, 1.0f);
   }
 
+  /// Takes the weights from `known`, which is by token.
+  void set_weights(const float* known) noexcept {
+    for (u32 i = 0; i < sets; ++i) self[slot_of_set[i]] = known[pivot[slot_of_set[i]]];
+    for (u32 t = 0; t < terms; ++t) weight[t] = known[token[t]];
+  }
+  /// Weights of n members times n.
+  void scale(float* scaled_self, float* scaled_weight) const noexcept {
+    for (u32 i = 0; i < slots; ++i) {
+      const u64 last = term_end[i];
+      const float size = static_cast<float>(last - term_begin[i] + 1);
+      scaled_self[i] = self[i] * size;
+      for (u64 t = term_begin[i]; t < last; ++t) scaled_weight[t] = weight[t] * size;
+    }
+  }
+
   /// Computes the weights, and prefetches the rows `ahead` meanwhile. `key_at` are the rows of the
   /// segment's keys.
   void weigh(const CacheView& cache, const RopeRotation& rotation, u32 s,

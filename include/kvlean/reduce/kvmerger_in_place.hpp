@@ -97,7 +97,7 @@ class InPlaceMerger {
                  ahead_.take(end + early, most_fetched, fetched_));
     point_plan(batch_.pivot, batch_.self, batch_.term_begin, batch_.term_end, batch_.token,
                batch_.weight);
-    if (plan_.term_value_weight != nullptr) scale_values();
+    if (plan_.term_value_weight != nullptr) batch_.scale(self_values_, value_weights_);
     merge_rows(end);
     if (cache_.positions || cache_.log_mass) {
       for (u32 i = 0; i < batch_.slots; ++i) write_arrays_of(i, slots_ + i);
@@ -169,12 +169,7 @@ class InPlaceMerger {
   }
 
   void write_arrays_of(u32 i, u32 to) noexcept {
-    const u64 first = batch_.term_begin[i];
-    if (cache_.log_mass) {
-      log_mass_ =
-          sets_.mass_of(batch_.pivot[i], batch_.self[i], batch_.token + first,
-                        batch_.weight + first, static_cast<u32>(batch_.term_end[i] - first));
-    }
+    if (cache_.log_mass) log_mass_ = sets_.mass_of(batch_, i);
     write_arrays(batch_.pivot[i], to);
   }
 
@@ -200,16 +195,6 @@ class InPlaceMerger {
                                 {batch_.pivot, batch_.term_begin, batch_.term_end, batch_.token}, 0,
                                 batch_.slots, slots_, streams);
   }
-  /// Values of n members weigh n times as much.
-  void scale_values() noexcept {
-    for (u32 i = 0; i < batch_.slots; ++i) {
-      const u64 end = batch_.term_end[i];
-      const float size = static_cast<float>(end - batch_.term_begin[i] + 1);
-      self_values_[i] = batch_.self[i] * size;
-      for (u64 t = batch_.term_begin[i]; t < end; ++t) value_weights_[t] = batch_.weight[t] * size;
-    }
-  }
-
   const CacheView& cache_;
   u32 s_;
   u32 length_;

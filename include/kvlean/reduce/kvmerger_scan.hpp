@@ -21,9 +21,8 @@ u32 scan_sets(const Rows& keys, u32 head, u32 length, float epsilon, const u8* s
   u32 links = 0;
   u32 begin = 0;
   while (!scan.done()) {
-    const CosineScan::Pairs pairs =
-        scan.next(ahead.take(scan.position() + CosineScan::tile + fetched_tokens,
-                             2 * CosineScan::tile, fetched));
+    const CosineScan::Pairs pairs = scan.next(ahead.take(
+        scan.position() + CosineScan::tile + fetched_tokens, 2 * CosineScan::tile, fetched));
     links += link_above(pairs.cosine, state + pairs.begin, pairs.end - pairs.begin + 1, epsilon,
                         linked + pairs.begin);
     u32 end = pairs.end;

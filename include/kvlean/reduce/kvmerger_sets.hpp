@@ -72,17 +72,50 @@ struct MergingSets {
   }
 
   /// Writes one slot a set (or, with pages, one a kept token) into the plan.
-  void write_segment(const SetWriter& writer, const float* scores, u32 s, u32 length, u64 next_term,
-                     CompressionPlan& plan) const noexcept {
-    const u8* keep = pages ? kept.keep.segment(s) : nullptr;
+  void write_segment(const SetWriter& writer, const CacheView& cache, const float* scores, u32 s,
+                     u64 next_term, CompressionPlan& plan) const noexcept {
+    const u32 length = cache.length(s);
     u64 slot = plan.first[s];
+    if (pages) {
+      write_pages(writer, scores, s, length, slot, next_term, plan);
+      return;
+    }
+    const RowAddresses key_at(cache.keys, s);
+    const bool reads_keys = weight == nullptr && is_contiguous_row(cache.keys);
+    RowsAhead ahead(key_at, nullptr, reads_keys ? length : 0);
+    constexpr u32 most_fetched = 2 * SetBatch::most_tokens;
+    const std::byte* fetched[most_fetched];
+    SetBatch batch;
+    for_each_group(length, linked + first[s], [&](u32 begin, u32 end) noexcept {
+      const u8* states = state + first[s];
+      if (end - begin > SetBatch::most_tokens) {
+        for_each_set(begin, end, linked + first[s], [&](u32 from, u32 to) noexcept {
+          if (states[from] == 2) return;
+          writer.write(find_pivot(scores, from, to, nullptr), from, to, nullptr, slot++, next_term,
+                       plan);
+        });
+        return;
+      }
+      batch.find(scores, states, linked + first[s], begin, end);
+      if (weight != nullptr) {
+        batch.set_weights(weight + first[s]);
+      } else {
+        batch.weigh(cache, writer.rotation(), s, key_at, writer.options(),
+                    ahead.take(end + RowsAhead::lead, most_fetched, fetched));
+      }
+      writer.write(batch, slot, next_term, plan);
+      slot += batch.slots;
+      next_term += batch.terms;
+    });
+  }
+
+ private:
+  void write_pages(const SetWriter& writer, const float* scores, u32 s, u32 length, u64 slot,
+                   u64 next_term, CompressionPlan& plan) const noexcept {
+    const u8* keep = kept.keep.segment(s);
     for_each_set(0, length, linked + first[s], [&](u32 begin, u32 end) noexcept {
       if (state[first[s] + begin] == 2) return;
       const u32 pivot = find_pivot(scores, begin, end, keep);
-      if (keep == nullptr) {
-        writer.write(pivot, begin, end, nullptr, slot++, next_term, plan);
-        return;
-      }
       for (u32 t = begin; t < end; ++t) {
         if (keep[t] == 0) continue;
         const bool receives = t == pivot;

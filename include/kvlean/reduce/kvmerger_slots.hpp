@@ -66,6 +66,34 @@ class SetWriter {
     }
   }
 
+  /// Writes the slots of a batch (a SetBatch) from `slot` on, their terms from `first_term` on.
+  template <class Batch>
+  void write(const Batch& batch, u64 slot, u64 first_term, CompressionPlan& plan) const noexcept {
+    std::copy_n(batch.pivot, batch.slots, plan.anchor + slot);
+    if (plan.has_terms()) {
+      std::copy_n(batch.self, batch.slots, plan.self_weight + slot);
+      for (u32 i = 0; i < batch.slots; ++i) {
+        plan.term_begin[slot + i] = first_term + batch.term_begin[i];
+        plan.term_end[slot + i] = first_term + batch.term_end[i];
+      }
+      std::copy_n(batch.token, batch.terms, plan.term_token + first_term);
+      std::copy_n(batch.weight, batch.terms, plan.term_weight + first_term);
+      if (plan.term_value_weight != nullptr) {
+        batch.scale(plan.self_value_weight + slot, plan.term_value_weight + first_term);
+      }
+    }
+    for (u32 i = 0; plan.log_mass != nullptr && i < batch.slots; ++i) {
+      plan.log_mass[slot + i] = mass_of(batch, i);
+    }
+  }
+  /// Log mass of a batch's slot i.
+  template <class Batch>
+  [[nodiscard]] float mass_of(const Batch& batch, u32 i) const noexcept {
+    const u64 first = batch.term_begin[i];
+    return mass_of(batch.pivot[i], batch.self[i], batch.token + first, batch.weight + first,
+                   static_cast<u32>(batch.term_end[i] - first));
+  }
+
   [[nodiscard]] const RopeRotation& rotation() const noexcept { return rotation_; }
   [[nodiscard]] const Options& options() const noexcept { return options_; }
 

@@ -152,14 +152,15 @@ inline u32 evict_least_sets(const float* score, bool is_mass, const u8* linked, 
 /// Terms of a segment's slots: the members of each surviving set but those that stay.
 inline u64 count_terms(u32 length, const u8* state, const u8* linked, const u8* keep) noexcept {
   u64 terms = 0;
+  if (keep == nullptr) {  // one stays: as many as links
+    for (u32 t = 0; t < length; ++t) terms += linked[t] & static_cast<u8>(state[t] != 2 ? 1 : 0);
+    return terms;
+  }
   for (u32 begin = 0; begin < length;) {
     u32 end = begin + 1;
     while (end < length && linked[end - 1] != 0) ++end;
-    u32 stay = 1;
-    if (keep != nullptr) {
-      stay = 0;
-      for (u32 t = begin; t < end; ++t) stay += keep[t];
-    }
+    u32 stay = 0;
+    for (u32 t = begin; t < end; ++t) stay += keep[t];
     if (state[begin] != 2 && stay != 0) terms += end - begin - stay;
     begin = end;
   }

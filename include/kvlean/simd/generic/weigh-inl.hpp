@@ -416,8 +416,7 @@ inline void merge_apart(const MergedRows& rows, const MergedSlots& slots, const 
     const u64 term = first_term[slot];
     const std::byte* row = from(slots.token[term]);
     weigh_row<E, 1>(from(anchor[slot]), self != nullptr ? self[slot] : 1.0f, &row,
-                    rows.weight + term, 1, width, streams,
-                    reinterpret_cast<E*>(target(to + slot)));
+                    rows.weight + term, 1, width, streams, reinterpret_cast<E*>(target(to + slot)));
   }
   for (u32 i = 0; i < groups.others; ++i) {
     fetch();
