@@ -140,15 +140,16 @@ TEST_CASE("sharded heads get the limits of one rank with all heads", "[allocate]
                 layer.nominal.resize(shard[r]);
               }
               ranks.push_back(std::make_unique<Model>(mine, protection));
-              ranks.back()->num_layers = 3;
-              threads.emplace_back([&, r, first] {
+              Model* const model = ranks.back().get();  // the vector may move while threads run
+              model->num_layers = 3;
+              threads.emplace_back([&, model, r, first] {
                 kvlean::ShardedAdaKVAllocator<ThreadsCommunicator> allocator;
                 allocator.communicator = &communicator;
                 allocator.first_head = first;
                 allocator.all_heads = 8;
                 allocator.across_layers = across;
                 allocator.safeguard = safeguard;
-                status[r] = ranks[r]->run(allocator);
+                status[r] = model->run(allocator);
               });
               first += shard[r];
             }
