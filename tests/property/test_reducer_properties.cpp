@@ -105,6 +105,38 @@ TEST_CASE("Frozen tokens that nobody sees do not hinder any reducer, and stay as
   }
 }
 
+TEST_CASE("A head's values are the same bits whatever other heads merge") {
+  constexpr u32 tokens = 150;
+  std::mt19937 random(11);
+  std::exponential_distribution<float> heavy;
+  for (u32 seed = 0; seed < 8; ++seed) {
+    const RandomLayer layer(3, tokens, seed);
+    std::vector<float> received(std::size_t{3} * tokens);
+    for (float& x : received) x = heavy(random);
+    for (const char* reducer : {"cam", "kvmerger", "massfold", "d2o"}) {
+      AnyPolicy policy;
+      REQUIRE(make_policy("h2o+uniform+" + std::string(reducer), policy));
+      // Of a shorter first head fewer tokens are merged.
+      const auto values_of = [&](u32 first_length) {
+        RandomLayer copy = layer;
+        auto cache = copy.cache();
+        Workspace workspace;
+        std::vector<u32> lengths{first_length, tokens, tokens};
+        std::vector<float> mass(received.size());
+        cache.set_lengths(lengths.data()).set_log_mass(Ragged<float>(mass.data(), u64{tokens}));
+        const Observation seen = observe_mass(Ragged<const float>(received.data(), u64{tokens}));
+        REQUIRE(policy.compress(cache, seen, Budget::slots(60), workspace, unprotected(5)));
+        return copy.values;
+      };
+      const std::vector<float> a = values_of(tokens);
+      const std::vector<float> b = values_of(tokens - 37);
+      const std::size_t head = std::size_t{tokens} * layer.dim;
+      INFO(reducer << ", seed " << seed);
+      CHECK(std::memcmp(&a[head], &b[head], 2 * head * sizeof(float)) == 0);
+    }
+  }
+}
+
 TEST_CASE("H2O keeps the newest half and stays ascending; a budget of everything is the identity") {
   RandomLayer layer(2, 90);
   Workspace workspace;

@@ -31,6 +31,9 @@ class SharedTerms {
       : values_(values), segment_(segment), kernels_(simd::merge_kernels()) {
     rows_.slots = {plan.anchor, plan.term_begin, plan.term_end, plan.term_token};
     rows_.end = plan.first[segment + 1];
+    // What the segments before have evicted is not to change the order of additions.
+    const u64 first_slot = plan.first[segment];
+    if (plan.has_terms() && first_slot != rows_.end) rows_.first_term = plan.term_begin[first_slot];
     rows_.width = values.width;
     rows_.self = plan.self_value_weight != nullptr ? plan.self_value_weight : plan.self_weight;
     rows_.weight = plan.term_value_weight != nullptr ? plan.term_value_weight : plan.term_weight;

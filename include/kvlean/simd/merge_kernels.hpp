@@ -41,7 +41,8 @@ struct MergedRows {
 /// Slots whose sums have terms in common: ranges of terms that mostly move ahead together.
 struct WindowedRows {
   MergedSlots slots;
-  u64 end = 0;  ///< of the slots that may be asked for
+  u64 end = 0;         ///< of the slots that may be asked for
+  u64 first_term = 0;  ///< terms are numbered from here; ranges that begin before it count from 0
   RowPlaces from;
   DType dtype = DType::f32;
   u32 width = 0;
@@ -125,10 +126,9 @@ struct MergeKernels {
   void (*merge)(const MergedRows* rows, u32 num_rows, const MergedSlots& slots, u64 begin, u64 end,
                 u32 to, bool stream) noexcept;
 
-  /// Row `to` + j - begin of `out` = self * anchor + the sum
-  /// of the terms of slot j, one or more, for begin <= j < end; rounded once to the rows' type or,
-  /// with `as_float`, stored as float. Slots ascend from call to call, and a row that is written is
-  /// no term of a later slot.
+  /// Row `to` + j - begin of `out` = self * anchor + the sum of the terms of slot j, one or more,
+  /// for begin <= j < end; rounded once to the rows' type or, with `as_float`, stored as float.
+  /// Slots ascend from call to call, and a row that is written is no term of a later slot.
   ///
   /// A range is cut before the term whose number can be divided by the highest power of two. What
   /// lies before is added from the cut back, what follows from the cut on, then the two. So the

@@ -75,9 +75,13 @@ struct WindowSource {
   }
 };
 
-/// The term before which [begin, end) is cut.
-[[nodiscard]] inline u64 window_cut(u64 begin, u64 end) noexcept {
-  return begin != 0 ? (end - 1) & ~(std::bit_floor((begin - 1) ^ (end - 1)) - 1) : 0;
+/// The term before which [begin, end) is cut, for terms that are numbered from `first` on.
+[[nodiscard]] inline u64 window_cut(u64 begin, u64 end, u64 first) noexcept {
+  const u64 zero = begin < first ? 0 : first;
+  if (begin == zero) return begin;
+  const u64 before = begin - zero - 1;
+  const u64 last = end - zero - 1;
+  return zero + (last & ~(std::bit_floor(before ^ last) - 1));
 }
 
 /// The sum of a slot's terms before the cut; those of the slots that follow are found on the way.
@@ -121,7 +125,7 @@ inline void move_window(const WindowSource<E>& source, WindowSums& sums, u64 slo
   if (sums.cut == WindowSums::none) std::fill_n(zeros, source.rows.width, 0.0f);
   sums.begin = begin;
   sums.end = end;
-  const u64 cut = window_cut(begin, end);
+  const u64 cut = window_cut(begin, end, source.rows.first_term);
   float* front = sums.floats;
   if (cut != sums.cut) sums.num_backs = 0;
   if (cut != sums.cut || end < sums.front_end) {
