@@ -357,6 +357,8 @@ void add_decoding_groups(std::vector<Group>& groups) {
   groups.push_back(
       {{{"decode_f16", "decode attention, f16, ragged heads, against a pure read", "ragged",
          "pure read", Better::lower, 1.15, 1.03, needs_vectors},
+        {"decode_f16_one", "the same against a read in one stream", "ragged",
+         "pure read, one stream", Better::lower, none, none, needs_vectors},
         {"decode_bias", "the same with log mass, against without", "ragged, bias", "ragged",
          Better::lower, 1.02, none, needs_vectors},
         {"decode_pages16", "16-token pages, of flat", "pages of 16", "even", Better::lower, 1.2,

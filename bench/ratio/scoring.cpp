@@ -79,12 +79,13 @@ Label label_of(const LayerShape& shape, simd::Target target) {
           shape.text() + ", " + std::to_string(shape.queries) + " queries", "flat"};
 }
 
-Variant read_keys(const std::shared_ptr<Scoring>& work) {
+Variant read_keys(const std::shared_ptr<Scoring>& work, u32 streams) {
   const double bytes = static_cast<double>(work->layer.shape().bytes());
-  Variant read{"reading K", [work](std::size_t copy) {
+  const char* const name = streams == 1 ? "reading K, one stream" : "reading K";
+  Variant read{name, [work, streams](std::size_t copy) {
                  read_bytes({static_cast<const std::byte*>(work->layer.keys(copy)),
                              work->layer.shape().bytes()},
-                            work->executor);
+                            work->executor, streams);
                  return Status();
                }};
   read.copies = work->layer.copies();
@@ -171,7 +172,7 @@ Experiment build_against_read(const Setup& setup, const std::vector<std::string>
   Experiment experiment;
   experiment.data = work;
   experiment.label = label_of(shape, target);
-  experiment.variants.push_back(read_keys(work));
+  for (const u32 streams : {8u, 1u}) experiment.variants.push_back(read_keys(work, streams));
   add_window_kernel(experiment, work, "score, LSE given", true);
   add_window_kernel(experiment, work, "score", false);
   return experiment;
@@ -257,11 +258,16 @@ void add_scoring_groups(std::vector<Group>& groups) {
                     [](const Setup& setup, const std::vector<std::string>&) {
                       return build_against_sgemm(setup, DType::f16);
                     }});
-  groups.push_back({{{"snapkv_amx_lse", "SnapKV scoring, AMX, LSE given, against reading K",
-                      "score, LSE given", "reading K", Better::lower, 3.5, 2.0, needs_matrix},
-                     {"snapkv_amx", "SnapKV scoring, AMX, LSE not given, against reading K",
-                      "score", "reading K", Better::lower, 6.5, 3.5, needs_matrix}},
-                    build_against_read});
+  groups.push_back(
+      {{{"snapkv_amx_lse", "SnapKV scoring, AMX, LSE given, against reading K", "score, LSE given",
+         "reading K", Better::lower, 3.5, 2.0, needs_matrix},
+        {"snapkv_amx", "SnapKV scoring, AMX, LSE not given, against reading K", "score",
+         "reading K", Better::lower, 6.5, 3.5, needs_matrix},
+        {"snapkv_amx_lse_one", "LSE given, against reading K in one stream", "score, LSE given",
+         "reading K, one stream", Better::lower, none, none, needs_matrix},
+        {"snapkv_amx_one", "LSE not given, against reading K in one stream", "score",
+         "reading K, one stream", Better::lower, none, none, needs_matrix}},
+       build_against_read});
   groups.push_back(
       {{{"snapkv_bf16_torch", "SnapKV scoring, bf16, LSE not given, against kvpress in torch bf16",
          "score", "torch", Better::higher, 10.0, 40.0, needs_torch}},
