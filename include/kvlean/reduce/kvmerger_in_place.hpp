@@ -195,6 +195,7 @@ class InPlaceMerger {
                                 {batch_.pivot, batch_.term_begin, batch_.term_end, batch_.token}, 0,
                                 batch_.slots, slots_, streams);
   }
+
   const CacheView& cache_;
   u32 s_;
   u32 length_;

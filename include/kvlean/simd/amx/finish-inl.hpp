@@ -230,3 +230,5 @@ inline void add_mixed_spans(const Finish& f, const PairSpans& own, const TileSpa
     lane_columns(f.x, f.tokens, lane_rows, weights, spans[s].out + f.first);
   }
 }
+
+#undef KVLEAN_TILES_INLINE

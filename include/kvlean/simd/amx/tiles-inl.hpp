@@ -24,7 +24,7 @@ class KeysAhead {
       const u32 row = next_ % 8 * (rows_ / 8) + next_ / 8;
       const u32 tile = row / block_tokens;
       const std::byte* at = tile_[tile] + stride_[tile] * (row % block_tokens);
-      if (steps_ == key_steps) {
+      if (steps_ == key_steps) {  // a constant is unrolled
         for (u32 step = 0; step < key_steps; ++step) __builtin_prefetch(at + step * 64, 0, 2);
       } else {
         for (u32 step = 0; step < steps_; ++step) __builtin_prefetch(at + step * 64, 0, 2);
@@ -216,5 +216,3 @@ inline void tile_pack(ConstFloatRows rows, u32 count, u32 width, u32 terms,
 [[nodiscard]] constexpr TileKernels tile_kernels_here() noexcept {
   return {tile_pack, tile_maxima, tile_sums, tile_columns};
 }
-
-#undef KVLEAN_TILES_INLINE

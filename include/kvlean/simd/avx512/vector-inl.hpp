@@ -133,7 +133,7 @@ inline void transpose(const float* in, u64 in_stride, float* out, u64 out_stride
 
 // Merging.
 inline constexpr u32 neighbour_rows = 4;
-inline constexpr u32 held_vectors = 8;
+inline constexpr u32 held_vectors = 8;  // of a row of this width, kept in registers; 0: none
 inline constexpr u32 weigh_vectors = 8;
 
 inline Vector rounded_product(Vector a, Vector b) noexcept {

@@ -9,13 +9,6 @@
 #include "kvlean/simd/generic/softmax-inl.hpp"
 
 [[nodiscard]] constexpr AttentionKernels attention_kernels_here() noexcept {
-  return {score_few,
-          score_many,
-          blend,
-          row_logits,
-          row_maximum,
-          row_exponentials<false>,
-          weigh_few,
-          scale_row,
-          add_rows};
+  return {score_few, score_many, blend,   row_logits, row_maximum, row_exponentials<false>,
+          weigh_few, scale_row,  add_rows};
 }

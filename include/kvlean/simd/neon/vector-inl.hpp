@@ -132,7 +132,7 @@ inline void transpose(const float* in, u64 in_stride, float* out, u64 out_stride
 
 // Merging.
 inline constexpr u32 neighbour_rows = 2;
-inline constexpr u32 held_vectors = 0;
+inline constexpr u32 held_vectors = 0;  // of a row of this width, kept in registers; 0: none
 inline constexpr u32 weigh_vectors = 8;
 
 inline Vector rounded_product(Vector a, Vector b) noexcept {

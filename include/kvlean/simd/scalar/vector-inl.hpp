@@ -99,7 +99,7 @@ inline void transpose(const float* in, u64, float* out, u64) noexcept { *out = *
 // Merging: sums whose bits are the same on every target. They have 16 lanes, 16 / lanes vectors,
 // and products are rounded before they are added.
 inline constexpr u32 neighbour_rows = 1;  // rows a pass of neighbours
-inline constexpr u32 held_vectors = 0;
+inline constexpr u32 held_vectors = 0;    // of a row of this width, kept in registers; 0: none
 inline constexpr u32 weigh_vectors = 4;   // vectors a pass of weigh
 
 /// a b, which the compiler must not fuse with an addition.
